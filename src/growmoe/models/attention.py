@@ -1,0 +1,149 @@
+"""Causal grouped-query attention with rotary positions and a KV cache.
+
+Letters: B batch, T new tokens, S all tokens in the context, H query heads, K key/value heads,
+C head dim, D hidden.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from growmoe.models.config import ModelConfig
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square norm, computed in float32 at least."""
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x * rsqrt(mean(x^2) + eps) * weight over the last dimension."""
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
+        return normed.to(x.dtype) * self.weight.to(x.dtype)
+
+
+class LayerNorm(nn.LayerNorm):
+    """torch's LayerNorm with the signature of RMSNorm."""
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__(size, eps=eps)
+
+
+def make_norm(config: ModelConfig, size: int) -> nn.Module:
+    """The norm that `config` asks for."""
+    kind = RMSNorm if config.norm == "rms" else LayerNorm
+    return kind(size, config.norm_eps)
+
+
+def inverse_frequencies(config: ModelConfig) -> Tensor:
+    """Rotary frequencies [C/2] in float32: theta^(-2i/C), scaled as `rope_scaling` says."""
+    C = config.head_dim
+    exponents = torch.arange(0, C, 2, dtype=torch.int64).to(torch.float32) / C
+    frequencies = 1.0 / (config.rope_theta**exponents)
+    scaling = config.rope_scaling
+    if scaling is None:
+        return frequencies
+    if scaling["rope_type"] == "linear":
+        return frequencies / scaling["factor"]
+    return _llama3_frequencies(frequencies, dict(scaling))
+
+
+def _llama3_frequencies(frequencies: Tensor, scaling: dict[str, float]) -> Tensor:
+    """Llama 3.1: long waves slowed by `factor`, short ones kept, a smooth blend between."""
+    trained = scaling["original_max_position_embeddings"]
+    low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+    waves = 2 * math.pi / frequencies
+    slowed = frequencies / scaling["factor"]
+    blend = (trained / waves - low) / (high - low)
+    smooth = (1 - blend) * slowed + blend * frequencies
+    result = torch.where(waves > trained / low, slowed, smooth)
+    return torch.where(waves < trained / high, frequencies, result)
+
+
+def rotary_tables(config: ModelConfig, positions_T: Tensor, dtype: torch.dtype) -> Tensor:
+    """cos and sin [2,T,C] for the given positions."""
+    frequencies = inverse_frequencies(config).to(positions_T.device)
+    angles = torch.outer(positions_T.to(torch.float32), frequencies)
+    angles = torch.cat((angles, angles), dim=-1)
+    return torch.stack((angles.cos(), angles.sin())).to(dtype)
+
+
+def rotate(x_BHTC: Tensor, tables_2TC: Tensor) -> Tensor:
+    """Apply rotary positions in the half-split layout (pair i is dims i and i + C/2)."""
+    first, second = x_BHTC.chunk(2, dim=-1)
+    turned = torch.cat((-second, first), dim=-1)
+    return x_BHTC * tables_2TC[0] + turned * tables_2TC[1]
+
+
+class Cache:
+    """Keys and values of the tokens seen so far, one pair of tensors per layer."""
+
+    def __init__(self) -> None:
+        self.keys: dict[int, Tensor] = {}
+        self.values: dict[int, Tensor] = {}
+
+    @property
+    def length(self) -> int:
+        """Tokens held."""
+        return next(iter(self.keys.values())).shape[2] if self.keys else 0
+
+    def append(self, layer: int, k_BKTC: Tensor, v_BKTC: Tensor) -> tuple[Tensor, Tensor]:
+        """Add new keys and values of `layer`; returns all of them [B,K,S,C]."""
+        if layer in self.keys:
+            k_BKTC = torch.cat((self.keys[layer], k_BKTC), dim=2)
+            v_BKTC = torch.cat((self.values[layer], v_BKTC), dim=2)
+        self.keys[layer], self.values[layer] = k_BKTC, v_BKTC
+        return k_BKTC, v_BKTC
+
+
+class Attention(nn.Module):
+    """Grouped-query attention of one layer: query head h reads key/value head h // (H/K)."""
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        self.config, self.layer = config, layer
+        D, C = config.hidden_size, config.head_dim
+        self.q = nn.Linear(D, config.num_heads * C, bias=config.qkv_bias)
+        self.k = nn.Linear(D, config.num_kv_heads * C, bias=config.qkv_bias)
+        self.v = nn.Linear(D, config.num_kv_heads * C, bias=config.qkv_bias)
+        self.o = nn.Linear(config.num_heads * C, D, bias=config.o_bias)
+        if config.qk_norm:
+            self.q_norm = RMSNorm(C, config.norm_eps)
+            self.k_norm = RMSNorm(C, config.norm_eps)
+
+    def forward(self, x_BTD: Tensor, rotary: Tensor | None, cache: Cache | None) -> Tensor:
+        """Attend causally to the cached tokens and the new ones; returns [B,T,D]."""
+        B, T, _ = x_BTD.shape
+        config = self.config
+        q, k, v = (
+            project(x_BTD).view(B, T, -1, config.head_dim) for project in (self.q, self.k, self.v)
+        )
+        if config.qk_norm:
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+        if rotary is not None:
+            q, k = rotate(q, rotary), rotate(k, rotary)
+        if cache is not None:
+            k, v = cache.append(self.layer, k, v)
+        groups = config.num_heads // config.num_kv_heads
+        if groups > 1:
+            k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
+        mask = _mask(T, k.shape[2], config.sliding_window, x_BTD.device)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
+        return self.o(y.transpose(1, 2).reshape(B, T, -1))
+
+
+def _mask(T: int, S: int, window: int | None, device: torch.device) -> Tensor | None:
+    """[T,S] of True where attention is allowed; None when plain causal masking says the same."""
+    if T == S and (window is None or S <= window):
+        return None
+    query_T1 = torch.arange(S - T, S, device=device)[:, None]
+    key_S = torch.arange(S, device=device)
+    allowed = key_S <= query_T1
+    return allowed if window is None else allowed & (key_S > query_T1 - window)

@@ -1,0 +1,135 @@
+"""GGUF files of the llama, mistral, qwen2 and qwen3 architectures, read tensor by tensor.
+
+Needs the `gguf` extra. Quantised weights are dequantised to float32 by the gguf library.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from growmoe.errors import GrowmoeError, UsageError
+from growmoe.models.config import ModelConfig, tensor_shapes
+
+_TOP = {"embed": "token_embd", "norm": "output_norm", "head": "output"}
+_BLOCK = {
+    "attn_norm": "attn_norm", "mlp_norm": "ffn_norm", "attn.q": "attn_q", "attn.k": "attn_k",
+    "attn.v": "attn_v", "attn.o": "attn_output", "attn.q_norm": "attn_q_norm",
+    "attn.k_norm": "attn_k_norm", "mlp.gate": "ffn_gate", "mlp.up": "ffn_up",
+    "mlp.down": "ffn_down",
+}  # fmt: skip
+
+
+def _gguf_name(canonical: str) -> str:
+    stem, _, leaf = canonical.rpartition(".")
+    if not stem.startswith("layers."):
+        return f"{_TOP[stem]}.{leaf}"
+    _, layer, block = stem.split(".", 2)
+    return f"blk.{layer}.{_BLOCK[block]}.{leaf}"
+
+
+class GGUFFile:
+    """One GGUF file; `load` gives float32 tensors in the row order of Hugging Face."""
+
+    dtype = "float32"
+
+    def __init__(self, path: Path) -> None:
+        try:
+            import gguf
+        except ImportError:
+            raise UsageError(
+                "reading GGUF needs the gguf extra: pip install 'growmoe[gguf]'"
+            ) from None
+        if not path.is_file():
+            raise UsageError(f"{path} does not exist")
+        self.path = path
+        self._dequantize = gguf.quants.dequantize
+        try:
+            self._reader = gguf.GGUFReader(path)
+        except (ValueError, OSError, IndexError) as error:
+            raise GrowmoeError(f"{path} is not a whole GGUF file ({error})") from None
+        self._tensors = {tensor.name: tensor for tensor in self._reader.tensors}
+        self.config = self._config()
+        for name, shape in tensor_shapes(self.config).items():
+            found = self._tensors.get(_gguf_name(name))
+            if found is None:
+                raise GrowmoeError(f"{path}: tensor {_gguf_name(name)} is missing")
+            have = tuple(int(side) for side in reversed(found.shape))
+            if have != shape:
+                raise GrowmoeError(
+                    f"{path}: tensor {found.name} has shape {list(have)}, but the header says "
+                    f"{list(shape)}"
+                )
+
+    def _field(self, key: str, default: Any = None) -> Any:
+        field = self._reader.get_field(key)
+        if field is not None:
+            return field.contents()
+        if default is None:
+            raise GrowmoeError(f"{self.path}: key {key} is missing")
+        return default
+
+    def _config(self) -> ModelConfig:
+        kind = self._field("general.architecture")
+        if kind not in ("llama", "qwen2", "qwen3"):
+            raise GrowmoeError(f"{self.path}: architecture '{kind}' is not llama, qwen2 or qwen3")
+        if f"{kind}.expert_count" in self._reader.fields:
+            raise GrowmoeError(f"{self.path}: MoE files in GGUF are not read")
+        heads = int(self._field(f"{kind}.attention.head_count"))
+        hidden = int(self._field(f"{kind}.embedding_length"))
+        if "rope_freqs.weight" in self._tensors or f"{kind}.rope.scaling.type" in self._reader.fields:  # fmt: skip  # noqa: E501
+            raise GrowmoeError(f"{self.path}: scaled rotary positions in GGUF are not read")
+        ids = {
+            "bos_token_id": self._field("tokenizer.ggml.bos_token_id", -1),
+            "eos_token_id": self._field("tokenizer.ggml.eos_token_id", -1),
+            "pad_token_id": self._field("tokenizer.ggml.padding_token_id", -1),
+        }
+        return ModelConfig(
+            vocab_size=int(self._tensors["token_embd.weight"].shape[1]),
+            hidden_size=hidden,
+            num_layers=int(self._field(f"{kind}.block_count")),
+            num_heads=heads,
+            num_kv_heads=int(self._field(f"{kind}.attention.head_count_kv", heads)),
+            head_dim=int(self._field(f"{kind}.attention.key_length", hidden // heads)),
+            ffn_size=int(self._field(f"{kind}.feed_forward_length")),
+            max_positions=int(self._field(f"{kind}.context_length")),
+            norm_eps=round(float(self._field(f"{kind}.attention.layer_norm_rms_epsilon")), 12),
+            rope_theta=float(self._field(f"{kind}.rope.freq_base", 10000.0)),
+            qkv_bias="blk.0.attn_q.bias" in self._tensors,
+            o_bias="blk.0.attn_output.bias" in self._tensors,
+            qk_norm="blk.0.attn_q_norm.weight" in self._tensors,
+            tied_head="output.weight" not in self._tensors,
+            family=kind,
+            token_ids={key: int(value) for key, value in ids.items() if int(value) >= 0},
+        )
+
+    def load(self, name: str) -> Tensor:
+        """The tensor with the canonical `name`, dequantised to float32."""
+        found = self._tensors[_gguf_name(name)]
+        array = self._dequantize(found.data, found.tensor_type)
+        tensor = torch.from_numpy(array.astype("float32", copy=True))
+        if not torch.isfinite(tensor).all():
+            raise GrowmoeError(f"{self.path}: tensor {found.name} holds NaN or infinite values")
+        part = name.rpartition(".")[0].rpartition(".")[2]
+        if part in ("q", "k") and self.config.family == "llama":
+            heads = self.config.num_heads if part == "q" else self.config.num_kv_heads
+            tensor = _unpermute(tensor, heads)
+        return tensor
+
+
+def _unpermute(rows: Tensor, heads: int) -> Tensor:
+    """Undo llama.cpp's reordering of rotary rows (pairs side by side -> halves apart)."""
+    shape = rows.shape
+    pairs = rows.reshape(heads, shape[0] // heads // 2, 2, *shape[1:])
+    return pairs.transpose(1, 2).reshape(shape)
+
+
+def export_tokenizer(path: Path, out: Path) -> None:
+    """Write the tokenizer that a GGUF file carries as tokenizer.json into the directory `out`."""
+    from transformers import AutoTokenizer
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+    tokenizer.save_pretrained(out)

@@ -1,0 +1,107 @@
+"""The decoder: embedding, blocks of attention and feed-forward, norm, head."""
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from growmoe.errors import GrowmoeError
+from growmoe.models.attention import Attention, Cache, make_norm, rotary_tables
+from growmoe.models.config import ModelConfig
+from growmoe.models.moe import MLP, MoE, Routing
+
+
+@dataclass
+class Output:
+    """Logits [B,T,V] and, per MoE layer in order, what its router decided."""
+
+    logits: Tensor
+    routing: list[Routing] = field(default_factory=list)
+
+
+class Block(nn.Module):
+    """x + attention(norm(x)), then x + feed-forward(norm(x))."""
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        self.attn_norm = make_norm(config, config.hidden_size)
+        self.attn = Attention(config, layer)
+        self.mlp_norm = make_norm(config, config.hidden_size)
+        self.mlp: MLP | None = None
+        self.moe: MoE | None = None
+        experts = config.experts_in(layer)
+        if not experts:
+            self.mlp = MLP(config, config.ffn_size)
+            return
+        assert config.moe is not None
+        if config.moe.mix != "none":
+            self.mlp = MLP(config, config.moe.fixed_ffn_size)
+        self.moe = MoE(config, experts)
+
+    def forward(
+        self, x_BTD: Tensor, rotary: Tensor | None, cache: Cache | None
+    ) -> tuple[Tensor, Routing | None]:
+        """Returns the new residual stream and the routing of this layer, if it routes."""
+        x_BTD = x_BTD + self.attn(self.attn_norm(x_BTD), rotary, cache)
+        h_BTD = self.mlp_norm(x_BTD)
+        if self.moe is None:
+            assert self.mlp is not None
+            return x_BTD + self.mlp(h_BTD), None
+        y_BTD, routing = self.moe(h_BTD, self.mlp)
+        return x_BTD + y_BTD, routing
+
+
+class Transformer(nn.Module):
+    """A dense or MoE decoder-only language model on one device."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embed = nn.Embedding(config.vocab_size, config.hidden_size)
+        if config.positions == "learned":
+            self.positions = nn.Embedding(config.max_positions, config.hidden_size)
+        self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.num_layers))
+        self.norm = make_norm(config, config.hidden_size)
+        if not config.tied_head:
+            self.head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+
+    def forward(self, tokens_BT: Tensor, cache: Cache | None = None) -> Output:
+        """Logits for every position; with a cache the tokens follow those it holds.
+
+        Raises GrowmoeError when learned positions run out.
+        """
+        start = cache.length if cache is not None else 0
+        positions_T = torch.arange(start, start + tokens_BT.shape[1], device=tokens_BT.device)
+        x_BTD = self.embed(tokens_BT)
+        rotary = None
+        if self.config.positions == "rope":
+            rotary = rotary_tables(self.config, positions_T, x_BTD.dtype)
+        elif start + tokens_BT.shape[1] > self.config.max_positions:
+            raise GrowmoeError(f"the model has only {self.config.max_positions} positions")
+        else:
+            x_BTD = x_BTD + self.positions(positions_T)
+        routing = []
+        for block in self.layers:
+            x_BTD, routed = block(x_BTD, rotary, cache)
+            if routed is not None:
+                routing.append(routed)
+        x_BTD = self.norm(x_BTD)
+        if self.config.tied_head:
+            return Output(nn.functional.linear(x_BTD, self.embed.weight), routing)
+        return Output(self.head(x_BTD), routing)
+
+    @torch.no_grad()
+    def init_weights(self, seed: int) -> None:
+        """Fresh weights from `seed`: N(0, init_std) for matrices, and for the projections that
+        write into the residual stream divided by sqrt(2 L) (GPT-2); biases 0, norms 1."""
+        generator = torch.Generator().manual_seed(seed)
+        std = self.config.init_std
+        for name, parameter in self.named_parameters():
+            if name.endswith("bias"):
+                parameter.zero_()
+            elif "norm" in name.rsplit(".", 2)[-2]:
+                parameter.fill_(1.0)
+            else:
+                writes = name.endswith((".o.weight", ".down.weight", ".experts.down"))
+                scale = std / (2 * self.config.num_layers) ** 0.5 if writes else std
+                parameter.normal_(0.0, scale, generator=generator)
