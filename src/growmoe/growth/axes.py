@@ -1,0 +1,202 @@
+"""How one axis of a tensor is widened: which old position each new one copies, and with what scale.
+
+An axis is *written* by the rows that produce it (for the residual stream: embedding columns, o and
+down rows) and *read* by the columns that consume it. With copies, the reads of all copies of one
+old position must add up to one read of the original (Net2Net); how that one is split between the
+copies is free, and splitting it unevenly breaks the symmetry between them at no loss.
+"""
+
+import zlib
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from growmoe.errors import UsageError
+
+CHUNK_ELEMENTS = 1 << 23  # rows are converted in pieces of 64 MB of float64
+
+
+@dataclass(frozen=True)
+class Axis:
+    """A widened axis of N positions.
+
+    `index_N` holds old positions, -1 for fresh units. `write_N` scales what is written there.
+    `fresh_write`/`fresh_read` are the standard deviations of fresh rows and columns (0 = zeros).
+    """
+
+    index_N: Tensor
+    write_N: Tensor
+    random_split: bool = False
+    fresh_write: float = 0.0
+    fresh_read: float = 0.0
+    read_unit: int = 1
+    """Consecutive positions that share one share of the split (head_dim for heads)."""
+    seed: int = 0
+    counts_N: Tensor = field(init=False)
+
+    def __post_init__(self) -> None:
+        old = int(self.index_N.max()) + 1
+        kept_N = self.index_N.clamp(min=0)
+        counts = torch.bincount(self.index_N[self.index_N >= 0], minlength=old)
+        object.__setattr__(self, "counts_N", counts[kept_N])
+
+    def __len__(self) -> int:
+        return self.index_N.numel()
+
+    def new_N(self) -> Tensor:
+        """True where a position is not the first copy of its old position."""
+        seen_N = torch.ones_like(self.index_N, dtype=torch.bool)
+        order_N = torch.argsort(self.index_N, stable=True)
+        sorted_N = self.index_N[order_N]
+        first_N = torch.ones_like(seen_N)
+        first_N[1:] = sorted_N[1:] != sorted_N[:-1]
+        seen_N[order_N] = ~first_N
+        return seen_N | (self.index_N < 0)
+
+    def read_N(self, name: str) -> Tensor:
+        """Read shares (float64) of the tensor `name`; over the copies of a position they sum to 1.
+
+        Random splits differ from tensor to tensor and stay within half of the even share.
+        """
+        even_N = 1.0 / self.counts_N.to(torch.float64)
+        if not self.random_split:
+            return even_N
+        units = len(self) // self.read_unit
+        noise = torch.rand(units, generator=generator(self.seed, name), dtype=torch.float64) - 0.5
+        noise_N = noise.repeat_interleave(self.read_unit)
+        group_N = self.index_N.clamp(min=0)
+        total = torch.zeros(int(group_N.max()) + 1, dtype=torch.float64)
+        total.index_add_(0, group_N, torch.where(self.index_N >= 0, noise_N, 0.0))
+        return even_N * (1.0 + noise_N - total[group_N] * even_N)
+
+
+def generator(seed: int, name: str) -> torch.Generator:
+    """A generator of its own for every tensor, so that results do not depend on the order."""
+    return torch.Generator().manual_seed((seed << 32) ^ zlib.crc32(name.encode()))
+
+
+def identity_axis(size: int) -> Axis:
+    """An axis that stays as it is."""
+    return Axis(torch.arange(size), torch.ones(size, dtype=torch.float64))
+
+
+def duplicated_axis(old: int, new: int, *, keep_rms: bool, random_split: bool, seed: int) -> Axis:
+    """Position i copies i mod `old`. With `keep_rms`, copies are written with
+    s_i = sqrt(new / (old * copies_i)), which keeps the mean square of the axis at any ratio."""
+    index_N = torch.arange(new) % old
+    axis = Axis(index_N, torch.ones(new, dtype=torch.float64), random_split, seed=seed)
+    if not keep_rms:
+        return axis
+    write_N = (new / (old * axis.counts_N.to(torch.float64))).sqrt()
+    return Axis(index_N, write_N, random_split, seed=seed)
+
+
+def padded_axis(
+    old: int, new: int, *, keep_rms: bool, fresh_write: float = 0.0, fresh_read: float = 0.0
+) -> Axis:
+    """The old positions, then fresh ones; exact when one of the two fresh deviations is 0."""
+    index_N = torch.cat((torch.arange(old), torch.full((new - old,), -1)))
+    scale = (new / old) ** 0.5 if keep_rms else 1.0
+    write_N = torch.full((new,), scale, dtype=torch.float64)
+    return Axis(index_N, write_N, fresh_write=fresh_write, fresh_read=fresh_read)
+
+
+def head_maps(H: int, K: int, new_H: int, new_K: int) -> tuple[list[int], list[int]]:
+    """Which old query head and which old key/value head each new one copies.
+
+    The group rule: new head h uses new kv head h // (H'/K'), which must be a copy of the kv head
+    its source used. So copies are inserted inside their group, never appended at the end.
+    Raises UsageError when K' < K (never exact) or when a group has no room for its heads.
+    """
+    if new_K < K:
+        raise UsageError(f"{new_K} kv heads cannot hold {K}: merging kv heads is never exact")
+    if new_H % new_K:
+        raise UsageError(f"{new_H} heads are not a multiple of {new_K} kv heads")
+    group, new_group = H // K, new_H // new_K
+    kv_map = [slot * K // new_K for slot in range(new_K)]
+    used = [0] * K
+    head_map = []
+    for kv in kv_map:
+        for _ in range(new_group):
+            head_map.append(kv * group + used[kv] % group)
+            used[kv] += 1
+    short = [kv for kv in range(K) if used[kv] < group]
+    if short:
+        raise UsageError(
+            f"{H} heads in {K} groups do not fit into {new_H} heads in {new_K} groups: "
+            f"group {short[0]} has {used[short[0]]} places for {group} heads"
+        )
+    return head_map, kv_map
+
+
+def head_axis(
+    head_map: list[int], C: int, new_C: int, *, scale: float = 1.0, fresh_write: float = 0.0,
+    random_split: bool = False, seed: int = 0,
+) -> Axis:  # fmt: skip
+    """Rows of whole heads. With new_C = m*C, rotary pair i moves to pair m*i, whose frequency in
+    the larger head equals its old one; the other rows are fresh."""
+    multiple = new_C // C
+    inside = torch.full((new_C,), -1)
+    half = torch.arange(C // 2)
+    inside[half * multiple] = half
+    inside[new_C // 2 + half * multiple] = C // 2 + half
+    rows = [torch.where(inside >= 0, inside + head * C, -1) for head in head_map]
+    index_N = torch.cat(rows)
+    write_N = torch.full((index_N.numel(),), scale, dtype=torch.float64)
+    return Axis(
+        index_N, write_N, random_split, fresh_write=fresh_write, read_unit=new_C, seed=seed
+    )  # fmt: skip
+
+
+def widen_matrix(w_RC: Tensor, rows: Axis, columns: Axis, name: str) -> Tensor:
+    """The widened float32 matrix: rows are written, columns are read (see Axis)."""
+    read_C = columns.read_N(name)
+    column_index = columns.index_N.clamp(min=0)
+    fresh_C = columns.index_N < 0
+    out = torch.empty(len(rows), len(columns), dtype=torch.float32)
+    rng = generator(rows.seed ^ 1, name)
+    step = max(1, CHUNK_ELEMENTS // len(columns))
+    for start in range(0, len(rows), step):
+        index_R = rows.index_N[start : start + step]
+        part = w_RC.index_select(0, index_R.clamp(min=0)).to(torch.float64)
+        part = part.index_select(1, column_index) * read_C
+        part *= rows.write_N[start : start + step, None]
+        if fresh_C.any():
+            _fill(part, columns.fresh_read, rng, columns=fresh_C)
+        if (index_R < 0).any():
+            _fill(part, rows.fresh_write, rng, rows=index_R < 0)
+        out[start : start + step] = part
+    return out
+
+
+def _fill(
+    part: Tensor,
+    std: float,
+    rng: torch.Generator,
+    rows: Tensor | None = None,
+    columns: Tensor | None = None,
+) -> None:
+    fresh = torch.randn(part.shape, generator=rng, dtype=torch.float32).to(part.dtype) * std
+    if rows is not None:
+        part[rows] = fresh[rows]
+    if columns is not None:
+        part[:, columns] = fresh[:, columns]
+
+
+def widen_columns(w_VN: Tensor, axis: Axis) -> Tensor:
+    """An embedding table: rows stay, columns are written; fresh columns are 0."""
+    out = torch.empty(w_VN.shape[0], len(axis), dtype=torch.float32)
+    write_N = torch.where(axis.index_N >= 0, axis.write_N, 0.0)
+    index_N = axis.index_N.clamp(min=0)
+    step = max(1, CHUNK_ELEMENTS // len(axis))
+    for start in range(0, w_VN.shape[0], step):
+        part = w_VN[start : start + step].to(torch.float64)
+        out[start : start + step] = part.index_select(1, index_N) * write_N
+    return out
+
+
+def widen_vector(v_N: Tensor, axis: Axis) -> Tensor:
+    """A bias: scaled like the rows that are written beside it; fresh units get 0."""
+    wide = v_N.to(torch.float64)[axis.index_N.clamp(min=0)] * axis.write_N
+    return torch.where(axis.index_N >= 0, wide, 0.0).to(torch.float32)

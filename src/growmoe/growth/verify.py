@@ -1,0 +1,162 @@
+"""Is model B the same function as model A? Judged by A's own noise floor, never by a fixed bound.
+
+The noise floor is what arithmetic alone does to A's logits: float32 against float64, and for
+weights stored in 16 bits also one more rounding of every weight (a rescaled weight is rounded
+anew, which moves logits as much as 16-bit storage itself does).
+"""
+
+import gc
+import math
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from growmoe.errors import GrowmoeError
+from growmoe.models.checkpoint import DTYPES, Source, build_model
+from growmoe.models.config import tensor_shapes
+from growmoe.models.transformer import Transformer
+
+FLOAT32_FACTOR = 10.0
+HALF_FACTOR = 3.0
+Logits = list[Tensor]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """B against A on the same tokens. Cross entropies are nats per token over the whole text;
+    differences are over the logits of A's vocabulary."""
+
+    exact: bool
+    max_abs_logit_diff: float
+    mean_abs_logit_diff: float
+    noise_floor: float
+    tolerance: float
+    max_abs_logit_diff_float64: float | None
+    ce_a: float
+    ce_b: float
+    kl: float
+    tokens: int
+    longest_position: int
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain fields, for JSON."""
+        return asdict(self)
+
+
+def compare(
+    a: Source, b: Source, sequences: list[Tensor], *, memory_bytes: int, note: Callable[[str], None]
+) -> Comparison:
+    """Run A and B on `sequences` (token ids, 1-D) one model at a time.
+
+    float64 runs are made when the larger model fits twice into `memory_bytes`; otherwise the floor
+    is estimated as 16 roundings of the largest logit. Raises GrowmoeError when the vocabularies
+    cannot be compared or a model's logits are not finite.
+    """
+    if b.config.vocab_size < a.config.vocab_size:
+        raise GrowmoeError(
+            f"B has {b.config.vocab_size} tokens, fewer than A's {a.config.vocab_size}"
+        )
+    V = a.config.vocab_size
+    size = max(a.config.bytes("float64"), b.config.bytes("float64"))
+    wide = size < 0.8 * memory_bytes
+    note("A in float32")
+    a32 = _logits(a, sequences, "float32")
+    note("B in float32")
+    b32 = _logits(b, sequences, "float32")
+    diff64 = None
+    if wide:
+        note("A in float64")
+        a64 = _logits(a, sequences, "float64")
+        floor = _largest(a32, a64)
+        note("B in float64")
+        diff64 = _largest(a64, _logits(b, sequences, "float64"), V)
+        del a64
+    else:
+        floor = 16 * torch.finfo(torch.float32).eps * max(float(x.abs().max()) for x in a32)
+    factor = FLOAT32_FACTOR
+    if half := {a.dtype, b.dtype} & {"bfloat16", "float16"}:
+        note("A with its weights rounded once more")
+        rerounded = _logits(Rerounded(a, sorted(half)[0]), sequences, "float32")
+        floor, factor = max(floor, _largest(a32, rerounded)), HALF_FACTOR
+    diff = _largest(a32, b32, V)
+    # A tiny model can land below one rounding of its largest logit; no arithmetic does better.
+    floor = max(floor, torch.finfo(torch.float32).eps * max(float(x.abs().max()) for x in a32))
+    return Comparison(
+        exact=diff <= factor * floor and (diff64 is None or diff64 <= factor * floor),
+        max_abs_logit_diff=diff,
+        mean_abs_logit_diff=_mean_difference(a32, b32, V),
+        noise_floor=floor,
+        tolerance=factor * floor,
+        max_abs_logit_diff_float64=diff64,
+        ce_a=_cross_entropy(a32, sequences),
+        ce_b=_cross_entropy(b32, sequences),
+        kl=_divergence(a32, b32, V),
+        tokens=sum(len(ids) for ids in sequences),
+        longest_position=max(len(ids) for ids in sequences),
+    )
+
+
+class Rerounded:
+    """`source` with every weight scaled by an odd factor, rounded to `dtype` and scaled back."""
+
+    def __init__(self, source: Source, dtype: str) -> None:
+        self.source, self.config, self.dtype = source, source.config, source.dtype
+        self.rounding = DTYPES[dtype]
+
+    def load(self, name: str) -> Tensor:
+        """The tensor with one extra rounding."""
+        scale = math.sqrt(4 / 3)
+        tensor = self.source.load(name).to(torch.float32)
+        return (tensor * scale).to(self.rounding).to(torch.float32) / scale
+
+
+def _logits(source: Source, sequences: list[Tensor], dtype: str) -> Logits:
+    model = build_model(source, dtype)
+    result = run(model, sequences)
+    del model
+    gc.collect()
+    for logits in result:
+        if not torch.isfinite(logits).all():
+            raise GrowmoeError("the model's logits are not finite")
+    return result
+
+
+@torch.no_grad()
+def run(model: Transformer, sequences: list[Tensor]) -> Logits:
+    """Logits [T,V] of every sequence, run one by one."""
+    return [model(ids[None]).logits[0] for ids in sequences]
+
+
+def _largest(left: Logits, right: Logits, V: int | None = None) -> float:
+    return max(float((x - y[:, :V]).abs().max()) for x, y in zip(left, right))
+
+
+def _mean_difference(left: Logits, right: Logits, V: int) -> float:
+    total = sum(float((x - y[:, :V]).abs().sum(dtype=torch.float64)) for x, y in zip(left, right))
+    return total / sum(x.numel() for x in left)
+
+
+def _cross_entropy(logits: Logits, sequences: list[Tensor]) -> float:
+    total = sum(
+        float(F.cross_entropy(x[:-1].double(), ids[1:], reduction="sum"))
+        for x, ids in zip(logits, sequences)
+    )
+    return total / sum(len(ids) - 1 for ids in sequences)
+
+
+def _divergence(left: Logits, right: Logits, V: int) -> float:
+    """KL(A || B) in nats per token, over A's vocabulary."""
+    total = 0.0
+    for x, y in zip(left, right):
+        p, q = x.double().log_softmax(-1), y[:, :V].double().log_softmax(-1)
+        total += float((p.exp() * (p - q)).sum())
+    return total / sum(len(x) for x in left)
+
+
+def count_tensors(source: Source) -> int:
+    """Number of tensors that writing `source` takes (for progress)."""
+    return len(tensor_shapes(source.config))
