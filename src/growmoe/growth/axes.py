@@ -12,8 +12,6 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from growmoe.errors import UsageError
-
 CHUNK_ELEMENTS = 1 << 23  # rows are converted in pieces of 64 MB of float64
 
 
@@ -100,34 +98,6 @@ def padded_axis(
     scale = (new / old) ** 0.5 if keep_rms else 1.0
     write_N = torch.full((new,), scale, dtype=torch.float64)
     return Axis(index_N, write_N, fresh_write=fresh_write, fresh_read=fresh_read)
-
-
-def head_maps(H: int, K: int, new_H: int, new_K: int) -> tuple[list[int], list[int]]:
-    """Which old query head and which old key/value head each new one copies.
-
-    The group rule: new head h uses new kv head h // (H'/K'), which must be a copy of the kv head
-    its source used. So copies are inserted inside their group, never appended at the end.
-    Raises UsageError when K' < K (never exact) or when a group has no room for its heads.
-    """
-    if new_K < K:
-        raise UsageError(f"{new_K} kv heads cannot hold {K}: merging kv heads is never exact")
-    if new_H % new_K:
-        raise UsageError(f"{new_H} heads are not a multiple of {new_K} kv heads")
-    group, new_group = H // K, new_H // new_K
-    kv_map = [slot * K // new_K for slot in range(new_K)]
-    used = [0] * K
-    head_map = []
-    for kv in kv_map:
-        for _ in range(new_group):
-            head_map.append(kv * group + used[kv] % group)
-            used[kv] += 1
-    short = [kv for kv in range(K) if used[kv] < group]
-    if short:
-        raise UsageError(
-            f"{H} heads in {K} groups do not fit into {new_H} heads in {new_K} groups: "
-            f"group {short[0]} has {used[short[0]]} places for {group} heads"
-        )
-    return head_map, kv_map
 
 
 def head_axis(

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from growmoe.errors import UsageError
 from growmoe.models.checkpoint import Source
+from growmoe.models.shapes import deepened_config
 
 Method = Literal["identity", "stack", "interpolate"]
 
@@ -66,15 +67,7 @@ class Deepened:
 
     def __init__(self, source: Source, depth: DepthMap, *, halve_branches: bool = False) -> None:
         self.source, self.depth, self.halve_branches = source, depth, halve_branches
-        config = source.config.replace(moe=None)
-        moe = source.config.moe
-        layers = len(depth.source)
-        self.config = config.replace(num_layers=layers)
-        if moe:
-            import dataclasses
-
-            experts = tuple(moe.experts[old] for old in depth.source)
-            self.config = self.config.replace(moe=dataclasses.replace(moe, experts=experts))
+        self.config = deepened_config(source.config, depth.source)
         self.dtype = source.dtype
 
     def load(self, name: str) -> Tensor:

@@ -3,18 +3,16 @@
 import torch
 from torch import Tensor
 
-from growmoe.errors import UsageError
 from growmoe.models.checkpoint import Source
+from growmoe.models.shapes import check_vocab
 
 
 class GrownVocab:
     """`source` with `size` tokens; new rows of embedding and head are the mean of the old rows."""
 
     def __init__(self, source: Source, size: int) -> None:
-        old = source.config.vocab_size
-        if size < old:
-            raise UsageError(f"vocabulary {size} is smaller than the source's {old}")
-        self.source, self.extra = source, size - old
+        check_vocab(source.config, size)
+        self.source, self.extra = source, size - source.config.vocab_size
         self.config = source.config.replace(vocab_size=size)
         self.dtype = source.dtype
 

@@ -13,12 +13,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from growmoe.errors import UsageError
 from growmoe.growth.axes import (
     Axis,
     duplicated_axis,
     head_axis,
-    head_maps,
     identity_axis,
     padded_axis,
     widen_columns,
@@ -27,6 +25,7 @@ from growmoe.growth.axes import (
 )
 from growmoe.models.checkpoint import Source
 from growmoe.models.config import ModelConfig
+from growmoe.models.shapes import head_maps, widened_config
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,62 +44,15 @@ class Widening:
     seed: int = 0
 
 
-def widened_config(source: ModelConfig, spec: Widening) -> ModelConfig:
-    """The target shape; raises UsageError for everything that cannot be grown, in one message."""
-    head_dim = spec.head_dim or source.head_dim
-    heads = spec.heads or source.num_heads
-    if spec.heads is None and spec.hidden and source.hidden_size == source.num_heads * head_dim:
-        if spec.hidden % head_dim:
-            raise UsageError(
-                f"hidden {spec.hidden} is not a multiple of head_dim {head_dim}; name --heads"
-            )
-        heads = spec.hidden // head_dim
-    kv_heads = spec.kv_heads or (heads if _is_mha(source) else source.num_kv_heads)
-    sizes = {
-        "hidden_size": spec.hidden or source.hidden_size,
-        "num_heads": heads,
-        "num_kv_heads": kv_heads,
-        "head_dim": head_dim,
-        "ffn_size": spec.ffn or source.ffn_size,
-    }
-    problems = [
-        f"{name} {new} is smaller than the source's {getattr(source, name)}"
-        for name, new in sizes.items()
-        if new < getattr(source, name)
-    ]
-    problems += _obstacles(source, sizes, spec)
-    if problems:
-        raise UsageError("cannot grow: " + "; ".join(problems))
-    head_maps(source.num_heads, source.num_kv_heads, heads, kv_heads)
-    return source.replace(**sizes)
-
-
-def _is_mha(config: ModelConfig) -> bool:
-    return config.num_heads == config.num_kv_heads
-
-
-def _obstacles(source: ModelConfig, sizes: dict[str, int], spec: Widening) -> list[str]:
-    found = []
-    if sizes["num_heads"] % sizes["num_kv_heads"]:
-        found.append(f"{sizes['num_heads']} heads do not divide by {sizes['num_kv_heads']} kv heads")
-    if sizes["head_dim"] % source.head_dim:
-        found.append(f"head_dim {sizes['head_dim']} is not a multiple of {source.head_dim}")
-    if sizes["head_dim"] != source.head_dim and source.qk_norm:
-        found.append("head_dim cannot grow in a model that normalises queries and keys")
-    uneven = sizes["hidden_size"] % source.hidden_size or spec.units == "zero_pad"
-    if source.norm == "layer" and sizes["hidden_size"] != source.hidden_size and uneven:
-        found.append("a LayerNorm model grows its hidden size by whole multiples of duplicates only")
-    if source.moe and sizes["ffn_size"] != source.ffn_size:
-        found.append("the feed-forward of a MoE does not grow; grow first, then upcycle")
-    return found
-
-
 class Widened:
     """`source` with wider tensors; see Widening."""
 
     def __init__(self, source: Source, spec: Widening) -> None:
         self.source, self.spec = source, spec
-        self.config = widened_config(source.config, spec)
+        self.config = widened_config(
+            source.config, hidden=spec.hidden, heads=spec.heads, kv_heads=spec.kv_heads,
+            head_dim=spec.head_dim, ffn=spec.ffn, zero_pad=spec.units == "zero_pad",
+        )  # fmt: skip
         self.dtype = source.dtype
         self.axes = _axes(source.config, self.config, spec)
 

@@ -1,0 +1,5 @@
+"""`python -m growmoe`."""
+
+from growmoe.cli import main
+
+main()

@@ -1,0 +1,227 @@
+"""What several stages need: texts for checks, losses of a model, lineage, publishing a model."""
+
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer
+from torch import Tensor
+
+from growmoe.data.corpus import Corpus
+from growmoe.data.prepare import first_documents
+from growmoe.data.tokenizer import load_tokenizer
+from growmoe.errors import GrowmoeError, UsageError
+from growmoe.growth.verify import Comparison, compare
+from growmoe.models.checkpoint import (
+    TOKENIZER_FILES,
+    Directory,
+    Source,
+    build_model,
+    copy_tokenizer,
+    disk_free,
+    load_model,
+    write_lineage,
+    write_model,
+)
+from growmoe.models.config import ModelConfig, tensor_shapes
+from growmoe.models.transformer import Transformer
+from growmoe.progress import Progress
+from growmoe.training.validation import domain_losses, mean_loss
+
+CHECK_TOKENS = 1024
+LONG_SEQUENCE = 640
+SHORT_SEQUENCE = 128
+
+
+def sizes(config: ModelConfig) -> dict[str, int]:
+    """The two parameter counts that every stage reports."""
+    return {"params_total": config.params_total(), "params_active": config.params_active()}
+
+
+def lineage_of(path: Path) -> dict[str, Any]:
+    """growmoe.json of a model directory; empty for GGUF files and models from elsewhere."""
+    return Directory(path).lineage() if path.is_dir() else {}
+
+
+def free_memory() -> int:
+    """Bytes of memory that can still be used without swapping."""
+    for line in Path("/proc/meminfo").read_text().splitlines():
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) * 1024
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def check_sequences(
+    model: Path, config: ModelConfig, text: str | None, data: str | None, seed: int,
+    tokens: int = CHECK_TOKENS,
+) -> tuple[list[Tensor], str]:  # fmt: skip
+    """Token ids to compare two models on, and where they come from.
+
+    One long sequence (late positions catch rotary errors) and short ones, from the validation
+    split of a corpus, from a text file, or from Python's help topics; seeded random ids when the
+    model has no tokenizer.
+    """
+    longest = min(config.max_positions, LONG_SEQUENCE)
+    if data is not None:
+        corpus = Corpus(Path(data))
+        streams = [s for s in corpus.streams["validation"].values() if len(s) > 1]
+        share = tokens // len(streams)
+        ids = [t for s in streams for t in s.read(0, min(share, len(s))).tolist()]
+        origin = f"validation split of {data}"
+    elif not any((model / name).exists() for name in TOKENIZER_FILES) and model.is_dir():
+        if text is not None:
+            raise UsageError(f"{model} holds no tokenizer.json, so {text} cannot be tokenised")
+        rng = torch.Generator().manual_seed(seed)
+        ids = torch.randint(0, config.vocab_size, (tokens,), generator=rng).tolist()
+        origin = f"random tokens (seed {seed}; the model has no tokenizer)"
+    else:
+        ids = _text_ids(model, text, tokens)
+        origin = text or "Python's help topics"
+    if len(ids) < 2:
+        raise UsageError(f"{origin} gives {len(ids)} tokens; a comparison needs at least two")
+    if max(ids) >= config.vocab_size:
+        raise UsageError(
+            f"{origin}: token {max(ids)} is outside the model's vocabulary of "
+            f"{config.vocab_size}; the tokenizer does not fit the model"
+        )
+    pieces = [ids[:longest]]
+    rest = ids[longest:]
+    pieces += [rest[i : i + SHORT_SEQUENCE] for i in range(0, len(rest), SHORT_SEQUENCE)]
+    return [torch.tensor(piece) for piece in pieces if len(piece) > 1], origin
+
+
+def _text_ids(model: Path, text: str | None, tokens: int) -> list[int]:
+    documents = first_documents(text or "docstrings:stdlib", 64)
+    joined = "\n\n".join(documents)[: tokens * 16]
+    if not joined:
+        raise UsageError(f"{text} holds no text")
+    if model.suffix == ".gguf":
+        import tempfile
+
+        from growmoe.models.gguf import export_tokenizer
+
+        with tempfile.TemporaryDirectory() as folder:
+            export_tokenizer(model, Path(folder))
+            tokenizer = load_tokenizer(Path(folder))
+    else:
+        tokenizer = load_tokenizer(model)
+    return tokenizer.encode(joined, add_special_tokens=False).ids[:tokens]
+
+
+def corpus_loss(source: Source, data: str) -> dict[str, float]:
+    """Validation loss of a model by domain, on the corpus's fixed windows, in float32."""
+    corpus = Corpus(Path(data))
+    if corpus.vocab_size > source.config.vocab_size:
+        raise UsageError(
+            f"{data} was tokenised with {corpus.vocab_size} tokens, but the model has only "
+            f"{source.config.vocab_size}"
+        )
+    return domain_losses(build_model(source), corpus.validation_windows())
+
+
+def publish_derived(
+    staged: Path, source_path: Path, source: Source, derived: Source, *, dtype: str | None,
+    exact: bool, operation: str, spec: Any,
+) -> dict[str, Any]:  # fmt: skip
+    """Write `derived`, check it against `source` after reading it back, and note its lineage.
+
+    Raises GrowmoeError when it is declared exact and is not: then nothing is published.
+    """
+    dtype = dtype or source.dtype
+    _check_disk(staged, derived.config, dtype)
+    total = len(tensor_shapes(derived.config))
+    progress = Progress(operation, total, "tensors")
+    write_model(staged, derived.config, derived.load, dtype, on_tensor=progress.update)
+    progress.finish(f"{derived.config.bytes(dtype) / 2**20:.0f} MiB written")
+    if source_path.suffix == ".gguf":
+        from growmoe.models.gguf import export_tokenizer
+
+        export_tokenizer(source_path, staged)
+    else:
+        copy_tokenizer(source_path, staged)
+    sequences, origin = check_sequences(
+        source_path, source.config, spec.text, spec.data, spec.seed
+    )  # fmt: skip
+    written = Directory(staged)
+    check = compare(source, written, sequences, memory_bytes=free_memory(), note=note)
+    report_check(check, exact)
+    if exact and not check.exact:
+        raise GrowmoeError(
+            f"{operation} was declared exact, but the largest logit difference "
+            f"{check.max_abs_logit_diff:.3g} is above the tolerance {check.tolerance:.3g} "
+            f"({check.noise_floor:.3g} noise floor); nothing was published"
+        )
+    before, after = check.ce_a, check.ce_b
+    losses: dict[str, Any] = {}
+    if spec.data is not None:
+        by_domain = corpus_loss(source, spec.data), corpus_loss(written, spec.data)
+        before, after = (mean_loss(losses) for losses in by_domain)
+        losses = {"validation_before": by_domain[0], "validation_after": by_domain[1]}
+    parent = lineage_of(source_path)
+    result = {
+        **sizes(derived.config),
+        "tokens": 0,
+        "flops": 0,
+        "loss_before": before,
+        "loss_after": after,
+        "exact": check.exact,
+        "declared_exact": exact,
+        **losses,
+        "check": {**check.as_dict(), "text": origin},
+    }
+    lineage = {
+        "operation": operation,
+        "parent": str(source_path),
+        "options": spec.model_dump(mode="json", exclude_none=True),
+        "declared_exact": exact,
+        "checks": result["check"],
+        "tokens_total": parent.get("tokens_total", 0),
+        "flops_total": parent.get("flops_total", 0),
+        "history": history(parent, operation, source_path),
+    }
+    write_lineage(staged, lineage)
+    return result
+
+
+def history(parent: dict[str, Any], operation: str, source: Path | str) -> list[dict[str, str]]:
+    """The operations that led here, oldest first."""
+    return [*parent.get("history", []), {"operation": operation, "from": str(source)}]
+
+
+def load_for_text(path: Path) -> tuple[Transformer, Tokenizer, frozenset[int]]:
+    """Model, tokenizer and the tokens that end a text."""
+    tokenizer = load_tokenizer(path)
+    model = load_model(path)
+    eos = model.config.token_ids.get("eos_token_id", [])
+    ids = set(eos if isinstance(eos, list) else [eos])
+    for name in ("<|im_end|>", "<|endoftext|>"):
+        if (found := tokenizer.token_to_id(name)) is not None:
+            ids.add(found)
+    return model, tokenizer, frozenset(ids)
+
+
+def note(text: str) -> None:
+    """A short remark on what is being done, on stderr."""
+    print(f"check: {text}", file=sys.stderr, flush=True)
+
+
+def report_check(check: Comparison, declared: bool) -> None:
+    """Say what the check found, on stderr."""
+    verdict = "exact" if check.exact else "not exact"
+    said = "declared exact" if declared else "declared lossy"
+    print(
+        f"check: {verdict} ({said}): largest logit difference {check.max_abs_logit_diff:.3g}, "
+        f"noise floor {check.noise_floor:.3g}, loss {check.ce_a:.4f} -> {check.ce_b:.4f}",
+        file=sys.stderr,
+    )
+
+
+def _check_disk(staged: Path, config: ModelConfig, dtype: str) -> None:
+    wanted, free = config.bytes(dtype), disk_free(staged)
+    if wanted > free:
+        raise GrowmoeError(
+            f"the model takes {wanted / 2**20:.0f} MiB, but only {free / 2**20:.0f} MiB are free "
+            f"on the disk of {staged.parent}"
+        )

@@ -1,0 +1,1 @@
+"""Text from a model, with a KV cache."""

@@ -1,0 +1,161 @@
+"""The shape of every model in a recipe, worked out before anything runs. Imports no torch."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from growmoe.errors import GrowmoeError, UsageError
+from growmoe.files import read_json
+from growmoe.models.config import ModelConfig
+from growmoe.models.families import config_from_hf, pick_family
+from growmoe.models.presets import preset
+from growmoe.models.shapes import check_depth, check_vocab, upcycled_config, widened_config
+from growmoe.recipe import (
+    GrowStage,
+    InitModel,
+    PrepareStage,
+    Recipe,
+    TrainStage,
+    UpcycleStage,
+)
+
+
+def initial_config(init: InitModel, vocab_size: int) -> ModelConfig:
+    """A new model for a tokenizer of `vocab_size` tokens; the table is padded to 64 rows."""
+    plain = init.activation == "gelu"
+    return ModelConfig(
+        vocab_size=-(-vocab_size // 64) * 64,
+        hidden_size=init.hidden_size,
+        num_layers=init.num_layers,
+        num_heads=init.num_heads,
+        num_kv_heads=init.num_kv_heads or init.num_heads,
+        head_dim=init.head_dim or init.hidden_size // init.num_heads,
+        ffn_size=init.ffn_size,
+        max_positions=init.max_positions,
+        norm=init.norm,
+        positions=init.positions,
+        activation=init.activation,
+        rope_theta=init.rope_theta,
+        qkv_bias=init.qkv_bias or plain,
+        o_bias=plain,
+        mlp_bias=plain,
+        qk_norm=init.qk_norm,
+        tied_head=init.tied_head,
+        init_std=init.init_std,
+    )
+
+
+def config_of(path: Path) -> ModelConfig:
+    """The shape of the model in a directory, from its config.json alone."""
+    file = path / "config.json" if path.is_dir() else path
+    if not file.exists():
+        raise UsageError(f"{path} holds no config.json, so it is not a model directory")
+    return config_from_hf(read_json(file), file)
+
+
+def describe(config: ModelConfig, context: int | None = None) -> dict[str, Any]:
+    """The accounting of one model. FLOPs are those of a forward pass for one token."""
+    return {
+        "family": pick_family(config),
+        "layers": config.num_layers,
+        "hidden": config.hidden_size,
+        "heads": config.num_heads,
+        "kv_heads": config.num_kv_heads,
+        "ffn": config.moe.ffn_size if config.moe else config.ffn_size,
+        "experts": max(config.moe.experts) if config.moe else 0,
+        "top_k": config.moe.top_k if config.moe else 0,
+        "vocab": config.vocab_size,
+        "params_total": config.params_total(),
+        "params_active": config.params_active(),
+        "flops_per_token": config.flops_per_token(context),
+        "bytes": config.bytes("bfloat16"),
+        "kv_bytes_per_token": config.kv_bytes_per_token("bfloat16"),
+    }
+
+
+def plan_recipe(recipe: Recipe) -> list[dict[str, Any]]:
+    """One entry per stage with what it will make. Raises UsageError with every impossible step;
+    stages that build on an impossible one are left out."""
+    configs: dict[str, ModelConfig | None] = {}
+    vocabs: dict[str, int] = {}
+    plan = []
+    problems = []
+    for index, stage in enumerate(recipe.stages):
+        entry: dict[str, Any] = {"stage": stage.stage, "name": stage.name}
+        if isinstance(stage, PrepareStage):
+            vocabs[stage.name] = stage.tokenizer.vocab_size
+        if isinstance(stage, TrainStage | GrowStage | UpcycleStage):
+            try:
+                config = _config_after(stage, configs, vocabs)
+            except GrowmoeError as error:
+                problems.append(f"{recipe.where(index)}: {error}")
+                config = None
+            configs[stage.name] = config
+            if config is not None:
+                context = stage.sequence_length if isinstance(stage, TrainStage) else None
+                entry |= describe(config, context)
+            if isinstance(stage, TrainStage):
+                entry["tokens"] = stage.steps * stage.tokens_per_step
+                entry["flops"] = 3 * entry["tokens"] * entry.get("flops_per_token", 0)
+        plan.append(entry)
+    if problems:
+        raise UsageError("\n".join(problems))
+    return plan
+
+
+def _config_after(
+    stage: TrainStage | GrowStage | UpcycleStage,
+    configs: dict[str, ModelConfig | None],
+    vocabs: dict[str, int],
+) -> ModelConfig | None:
+    if isinstance(stage, TrainStage) and stage.model is None:
+        if stage.preset is not None:
+            return preset(stage.preset)
+        assert stage.init is not None
+        return initial_config(stage.init, vocabs.get(stage.data) or _corpus_vocab(stage.data))
+    assert stage.model is not None
+    source = configs[stage.model] if stage.model in configs else config_of(Path(stage.model))
+    if source is None:
+        return None
+    if isinstance(stage, TrainStage):
+        return source
+    if isinstance(stage, UpcycleStage):
+        return upcycled_config(source, stage.experts, stage.top_k, stage.layers)
+    return _grown(source, stage)
+
+
+def _corpus_vocab(path: str) -> int:
+    return int(read_json(Path(path) / "manifest.json")["tokenizer"]["vocab_size"])
+
+
+def _grown(source: ModelConfig, stage: GrowStage) -> ModelConfig:
+    """All obstacles of one growth at once."""
+    problems = []
+    steps: list[Callable[[ModelConfig], ModelConfig]] = [
+        lambda c: widened_config(
+            c, hidden=stage.hidden, heads=stage.heads, kv_heads=stage.kv_heads,
+            head_dim=stage.head_dim, ffn=stage.ffn, zero_pad=stage.units == "zero_pad",
+        ),  # fmt: skip
+        lambda c: _deeper(c, stage.layers) if stage.layers else c,
+        lambda c: _larger_vocab(c, stage.vocab) if stage.vocab else c,
+    ]
+    config = source
+    for step in steps:
+        try:
+            config = step(config)
+        except GrowmoeError as error:
+            problems.append(str(error).removeprefix("cannot grow: "))
+    if problems:
+        raise UsageError("cannot grow: " + "; ".join(problems))
+    return config
+
+
+def _deeper(config: ModelConfig, layers: int) -> ModelConfig:
+    check_depth(config, layers)
+    moe = None  # experts per layer follow the copied layers; growth works that out
+    return config.replace(num_layers=layers, moe=moe) if config.moe is None else config
+
+
+def _larger_vocab(config: ModelConfig, vocab: int) -> ModelConfig:
+    check_vocab(config, vocab)
+    return config.replace(vocab_size=vocab)

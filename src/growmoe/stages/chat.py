@@ -1,0 +1,113 @@
+"""chat: talk to a model in the terminal."""
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TextIO
+
+from growmoe.artifacts import lineage_of, load_for_text
+from growmoe.errors import UsageError
+from growmoe.files import read_json
+from growmoe.inference.generate import Sampling, stream_text
+
+Render = Callable[[list[dict[str, str]]], str]
+HELP = "/reset forgets the conversation, /quit ends it."
+
+
+@dataclass(frozen=True)
+class ChatOptions:
+    """How to talk: `format` is auto, template (the model's chat template) or plain."""
+
+    model: str
+    format: str
+    max_tokens: int
+    temperature: float
+    top_p: float
+    seed: int
+
+
+def run(options: ChatOptions, lines: TextIO, show: Callable[[str], None]) -> dict[str, Any]:
+    """Answer every line of `lines`; returns how many turns were taken.
+
+    Without a chat template the model simply continues what was typed: it is a base model.
+    """
+    path = Path(options.model)
+    model, tokenizer, stop = load_for_text(path)
+    render = _renderer(path, options.format)
+    kind = "its chat template" if render else "plain continuation: a base model, it has no dialogue"
+    print(f"{path}: {kind}. {HELP}", file=sys.stderr)
+    messages: list[dict[str, str]] = []
+    turns = 0
+    while (line := _ask(lines)) is not None:
+        if line == "/quit":
+            break
+        if line == "/reset":
+            messages.clear()
+            continue
+        if not line:
+            continue
+        messages.append({"role": "user", "content": line})
+        room = model.config.max_positions - 16
+        prompt = render(messages) if render else line
+        while len(tokenizer.encode(prompt).ids) > room and render and len(messages) > 1:
+            del messages[:2]  # the oldest turn goes first
+            prompt = render(messages)
+        sampling = Sampling(
+            options.max_tokens, options.temperature, options.top_p, options.seed + turns
+        )
+        answer = ""
+        try:
+            for piece in stream_text(model, tokenizer, prompt, sampling, stop):
+                answer += piece
+                show(piece)
+        except UsageError as error:  # an overlong line spoils one turn, not the conversation
+            print(f"growmoe: {error}", file=sys.stderr)
+            messages.pop()
+            continue
+        except KeyboardInterrupt:
+            print(" (stopped)", file=sys.stderr)
+        show("\n")
+        messages.append({"role": "assistant", "content": answer})
+        turns += 1
+    return {"model": str(path), "turns": turns}
+
+
+def _ask(lines: TextIO) -> str | None:
+    if lines.isatty():
+        print("you> ", end="", file=sys.stderr, flush=True)
+    try:
+        line = lines.readline()
+    except KeyboardInterrupt:
+        return None
+    return line.strip() if line else None
+
+
+def _renderer(path: Path, kind: str) -> Render | None:
+    """A function from messages to prompt, or None for plain continuation."""
+    if kind == "plain":
+        return None
+    template = _template(path)
+    if kind == "template" and template is None:
+        raise UsageError(f"{path} has no chat template; use --format plain")
+    steps = lineage_of(path).get("history", [])
+    untaught = bool(steps) and steps[0]["operation"] == "train"  # from scratch: never saw a dialogue
+    if template is None or (kind == "auto" and untaught):
+        return None
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_file=str(path / "tokenizer.json"), chat_template=template
+    )  # fmt: skip
+    return lambda messages: str(
+        tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    )
+
+
+def _template(path: Path) -> str | None:
+    if (path / "chat_template.jinja").exists():
+        return (path / "chat_template.jinja").read_text(encoding="utf-8")
+    if (path / "tokenizer_config.json").exists():
+        found = read_json(path / "tokenizer_config.json").get("chat_template")
+        return found if isinstance(found, str) else None
+    return None

@@ -1,0 +1,48 @@
+"""doctor: what this machine and installation can do."""
+
+import importlib.metadata
+import importlib.util
+import os
+import platform
+import shutil
+from typing import Any
+
+from growmoe import __version__
+
+EXTRAS = {"data": ("pyarrow", "zstandard", "ftfy"), "plots": ("matplotlib",), "gguf": ("gguf",)}
+
+
+def run() -> dict[str, Any]:
+    """Versions, processor, memory, disk, extras; `advice` lists what would help."""
+    import torch
+    import torch.nn.functional as F
+
+    from growmoe.artifacts import free_memory
+    from growmoe.training.trainer import native_bfloat16
+
+    missing = {
+        extra: [name for name in names if importlib.util.find_spec(name) is None]
+        for extra, names in EXTRAS.items()
+    }
+    advice = [
+        f"pip install 'growmoe[{extra}]' for {', '.join(names)}"
+        for extra, names in missing.items()
+        if names
+    ]
+    if not hasattr(F, "grouped_mm"):
+        advice.append("a newer torch has grouped_mm; without it experts run in a slower loop")
+    return {
+        "growmoe": __version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": importlib.metadata.version("transformers"),
+        "processor": torch.backends.cpu.get_cpu_capability(),
+        "cores": len(os.sched_getaffinity(0)),
+        "native_bfloat16": native_bfloat16(),
+        "grouped_mm": hasattr(F, "grouped_mm"),
+        "accelerator": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "memory_free_mb": free_memory() >> 20,
+        "disk_free_mb": shutil.disk_usage(".").free >> 20,
+        "extras": {extra: not names for extra, names in missing.items()},
+        "advice": advice,
+    }

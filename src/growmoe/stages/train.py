@@ -1,0 +1,98 @@
+"""train: a new model from a corpus, or an existing one further."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+from growmoe.artifacts import history, lineage_of, sizes
+from growmoe.data.corpus import Corpus
+from growmoe.data.tokenizer import load_tokenizer, same_tokenizer
+from growmoe.errors import UsageError
+from growmoe.models.checkpoint import copy_tokenizer, load_model, save_model, write_lineage
+from growmoe.models.config import ModelConfig
+from growmoe.models.presets import preset
+from growmoe.models.transformer import Transformer
+from growmoe.planning.recipes import initial_config
+from growmoe.recipe import TrainStage
+from growmoe.training.trainer import Trainer
+from growmoe.training.validation import mean_loss
+
+
+def run(spec: TrainStage, staged: Path, work: Path) -> dict[str, Any]:
+    """Train, then write the model; metrics and checkpoints stay in `work`."""
+    corpus = Corpus(Path(spec.data))
+    model = _model(spec, corpus)
+    trainer = Trainer(model, corpus, spec, work)
+    outcome = trainer.train()
+    save_model(staged, model, "float32")
+    tokenizer_home = Path(spec.model) if spec.model else corpus.path
+    copy_tokenizer(tokenizer_home, staged)
+    parent = lineage_of(Path(spec.model)) if spec.model else {}
+    flops = 3 * outcome.tokens * model.config.flops_per_token(spec.sequence_length)
+    source = spec.model or spec.preset or "random weights"
+    write_lineage(
+        staged,
+        {
+            "operation": "train",
+            "parent": source,
+            "options": spec.model_dump(mode="json", exclude_none=True),
+            "checks": {"validation_before": outcome.before, "validation_after": outcome.after},
+            "corpus_hash": corpus.manifest["hash"],
+            "arithmetic": trainer.dtype,
+            "tokens_total": parent.get("tokens_total", 0) + outcome.tokens,
+            "flops_total": parent.get("flops_total", 0) + flops,
+            "history": history(parent, "train", source),
+        },
+    )
+    shutil.rmtree(work / "checkpoints", ignore_errors=True)
+    return {
+        **sizes(model.config),
+        "tokens": outcome.tokens,
+        "flops": flops,
+        "loss_before": mean_loss(outcome.before),
+        "loss_after": mean_loss(outcome.after),
+        "seconds": outcome.seconds,
+        "validation_before": outcome.before,
+        "validation_after": outcome.after,
+        "expert_load": outcome.expert_load,
+        "arithmetic": trainer.dtype,
+    }
+
+
+def _model(spec: TrainStage, corpus: Corpus) -> Transformer:
+    if spec.model is None:
+        config = _new_config(spec, corpus)
+        model = Transformer(config)
+        model.init_weights(spec.seed)
+        return model
+    path = Path(spec.model)
+    if path.suffix == ".gguf":
+        raise UsageError(f"{path}: training starts from a model directory; grow or upcycle it first")
+    model = load_model(path)
+    if corpus.vocab_size > model.config.vocab_size:
+        raise UsageError(
+            f"{corpus.path} was tokenised with {corpus.vocab_size} tokens, but {path} has only "
+            f"{model.config.vocab_size}"
+        )
+    if (path / "tokenizer.json").exists() and not same_tokenizer(
+        load_tokenizer(path), load_tokenizer(corpus.path)
+    ):
+        raise UsageError(
+            f"{corpus.path} was tokenised with another tokenizer than that of {path}; prepare it "
+            f"with tokenizer.path={path}"
+        )
+    return model
+
+
+def _new_config(spec: TrainStage, corpus: Corpus) -> ModelConfig:
+    ids = {"eos_token_id": corpus.end_of_text, "pad_token_id": corpus.end_of_text}
+    if spec.preset is not None:
+        config = preset(spec.preset)
+        if corpus.vocab_size > config.vocab_size:
+            raise UsageError(
+                f"{corpus.path} was tokenised with {corpus.vocab_size} tokens, but preset "
+                f"{spec.preset} has {config.vocab_size}"
+            )
+        return config.replace(token_ids=ids)
+    assert spec.init is not None
+    return initial_config(spec.init, corpus.vocab_size).replace(token_ids=ids)

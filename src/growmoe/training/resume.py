@@ -1,0 +1,91 @@
+"""Checkpoints of a run: weights, optimizer, random state and position, whole or not at all.
+
+Plain safetensors and JSON. A checkpoint is written aside and renamed; the one before it is kept
+until then, so a kill at any moment leaves a usable one.
+"""
+
+import json
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from growmoe.errors import GrowmoeError
+from growmoe.files import publish, write_json
+
+_NAME = "step-{:08d}"
+
+
+@dataclass(frozen=True)
+class Position:
+    """Where a run stands: finished optimizer steps, and what it has cost so far."""
+
+    step: int
+    tokens: int
+    seconds: float
+    fingerprint: str
+
+
+def save_checkpoint(
+    folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, position: Position
+) -> None:
+    """Write a checkpoint below `folder`, then remove the older ones."""
+    out = folder / _NAME.format(position.step)
+    staged = folder / f".{out.name}.tmp"
+    shutil.rmtree(staged, ignore_errors=True)
+    staged.mkdir(parents=True)
+    save_file({name: p.data for name, p in model.named_parameters()}, staged / "model.safetensors")
+    state = {}
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    for parameter, values in optimizer.state.items():
+        for key, value in values.items():
+            state[f"{names[parameter]}/{key}"] = value
+    state["/rng"] = torch.get_rng_state()
+    save_file(state, staged / "optimizer.safetensors")
+    write_json(staged / "position.json", asdict(position))
+    shutil.rmtree(out, ignore_errors=True)
+    publish(staged, out)
+    for old in checkpoints(folder):
+        if old != out:
+            shutil.rmtree(old)
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """Finished checkpoints, oldest first."""
+    return sorted(p for p in folder.glob("step-*") if (p / "position.json").exists())
+
+
+def load_checkpoint(
+    folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer
+) -> Position | None:
+    """Restore the newest checkpoint below `folder`; None when there is none.
+
+    Raises GrowmoeError when it is damaged or belongs to another model.
+    """
+    found = checkpoints(folder)
+    if not found:
+        return None
+    path = found[-1]
+    try:
+        position = Position(**json.loads((path / "position.json").read_text()))
+        weights = load_file(path / "model.safetensors")
+        state = load_file(path / "optimizer.safetensors")
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                parameter.copy_(weights[name])
+        parameters = dict(model.named_parameters())
+        for key, value in state.items():
+            name, _, field = key.rpartition("/")
+            if name:
+                optimizer.state[parameters[name]][field] = value
+        torch.set_rng_state(state["/rng"])
+    except (SafetensorError, OSError, KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise GrowmoeError(
+            f"{path} is damaged or of another model ({error}); remove it to start from the one "
+            "before, or remove the run directory to start over"
+        ) from None
+    return position
