@@ -26,7 +26,8 @@ app = typer.Typer(
 
 Json = Annotated[bool, typer.Option("--json", help="Print nothing but one JSON line.")]
 Set = Annotated[
-    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Any other field, repeatable.")
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Any other field, repeatable."),
 ]
 Text = Annotated[str | None, typer.Option(help="Text file to check on.")]
 Data = Annotated[str | None, typer.Option(help="Corpus whose validation split to check on.")]
@@ -137,7 +138,9 @@ def _print_stages(stages: list[dict[str, Any]]) -> None:
 
 @app.command()
 def prepare(
-    paths: Annotated[list[str], typer.Argument(help="Files, folders or globs; NAME=PATH names one.")],
+    paths: Annotated[
+        list[str], typer.Argument(help="Files, folders or globs; NAME=PATH names one.")
+    ],
     out: Annotated[Path, typer.Option(help="The corpus directory to make.")],
     vocab: Annotated[int | None, typer.Option(help="Size of the tokenizer to train.")] = None,
     tokenizer: Annotated[str | None, typer.Option(help="A tokenizer to use instead.")] = None,
@@ -372,7 +375,9 @@ def plan(
 def _print_plan(stages: list[dict[str, Any]]) -> None:
     from growmoe.progress import human_count
 
-    print(f"{'stage':<10}{'name':<14}{'family':<11}{'params':>9}{'active':>9}{'tokens':>9}{'FLOPs':>9}")
+    print(
+        f"{'stage':<10}{'name':<14}{'family':<11}{'params':>9}{'active':>9}{'tokens':>9}{'FLOPs':>9}"
+    )
     for row in stages:
         keys = ("params_total", "params_active", "tokens", "flops")
         cells = "".join(f"{human_count(float(row[k])) if row.get(k) else '-':>9}" for k in keys)

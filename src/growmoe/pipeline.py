@@ -73,7 +73,8 @@ def run_recipe(recipe: Recipe) -> dict[str, Any]:
             results.append(result)
             _write_summary(folder, results)
             if result.get("failed"):
-                raise GrowmoeError(f"{recipe.where(len(results) - 1)}: the models differ; see {out}")
+                where = recipe.where(len(results) - 1)
+                raise GrowmoeError(f"{where}: the models differ; see {out}")
         from growmoe.report.html import write_report
 
         report = write_report(folder)

@@ -11,7 +11,15 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, TypeAdapter, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    PrivateAttr,
+    TypeAdapter,
+    ValidationError,
+    model_validator,
+)
 
 from growmoe.errors import UsageError
 
@@ -522,7 +530,7 @@ def _model_inside(annotation: Any, default: Any) -> Any:
 
 
 def did_you_mean(word: str, known: list[str]) -> str:
-    """"; did you mean 'x'?" for the nearest of `known`, or nothing."""
+    """ "; did you mean 'x'?" for the nearest of `known`, or nothing."""
     near = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
     return f"; did you mean '{near[0]}'?" if near else ""
 
@@ -574,6 +582,6 @@ def stage_from_options(kind: str, options: dict[str, Any], overrides: list[str])
     except ValidationError as error:
         lines = []
         for e in error.errors():
-            e["loc"] = ("stages", 0, kind, *e["loc"])  # type: ignore[typeddict-item]
+            e["loc"] = ("stages", 0, kind, *e["loc"])
             lines.append(f"{_path(e['loc'][3:]) if e['loc'][3:] else kind}: {_message(e)}")
         raise UsageError("\n".join(lines)) from None

@@ -86,7 +86,7 @@ class TokenStream:
 
 
 class Corpus:
-    """A prepared corpus, opened for reading. Raises GrowmoeError when files are missing or short."""
+    """A prepared corpus, opened; raises GrowmoeError when files are missing or short."""
 
     def __init__(self, path: Path) -> None:
         if not (path / "manifest.json").exists():

@@ -105,7 +105,7 @@ def package_origin(path: str) -> dict[str, str]:
         return {}
     name = path.removeprefix("package:").partition("/")[0]
     try:
-        found = importlib.metadata.metadata(name)
+        found: Any = importlib.metadata.metadata(name)
     except importlib.metadata.PackageNotFoundError:
         return {"package": name}
     wanted = {
@@ -137,7 +137,7 @@ def _read_file(file: Path, text_field: str, split: str, limit: int) -> Iterator[
 
 def _open(file: Path) -> BinaryIO:
     if file.name.endswith(".gz"):
-        return io.BufferedReader(gzip.open(file))  # type: ignore[arg-type]
+        return io.BufferedReader(gzip.open(file))
     if file.name.endswith(".zst"):
         return need("zstandard").open(file, "rb")
     return open(file, "rb")
@@ -216,8 +216,7 @@ def _read_parquet(file: Path, text_field: str, limit: int) -> Iterator[Record]:
         table = parquet.ParquetFile(file)
         if text_field not in table.schema_arrow.names:
             raise UsageError(
-                f"{file} has no column '{text_field}'; "
-                f"it has {', '.join(table.schema_arrow.names)}"
+                f"{file} has no column '{text_field}'; it has {', '.join(table.schema_arrow.names)}"
             )
         number = 0
         for batch in table.iter_batches(batch_size=256, columns=[text_field]):

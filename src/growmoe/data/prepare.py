@@ -68,8 +68,9 @@ class _Tally:
     read: int = 0
     dropped: Counter[str] = field(default_factory=Counter)
     kept: Counter[str] = field(default_factory=Counter)
-    bytes: Counter[str] = field(default_factory=Counter)
     smallest: bytes = b"\xff" * 16
+    """Least content key of a kept document."""
+    size: Counter[str] = field(default_factory=Counter)
 
 
 def prepare(spec: PrepareSpec, out: Path, report: Report = lambda done, note: None) -> None:
@@ -186,7 +187,7 @@ def _collect(source: SourceSpec, spec: PrepareSpec, spool: _Spool, report: Repor
                 continue
             split = _split_of(key, spec.validation_fraction)
             tally.kept[split] += 1
-            tally.bytes[split] += _write_document(files[split], text)
+            tally.size[split] += _write_document(files[split], text)
             tally.smallest = min(tally.smallest, key)
     finally:
         for file in files.values():
@@ -219,7 +220,7 @@ def _move_one_to_validation(source: str, spool: _Spool, tally: _Tally) -> None:
             size = _write_document(validation if chosen else train, text)
             if chosen:
                 tally.kept.update(validation=1, train=-1)
-                tally.bytes.update(validation=size, train=-size)
+                tally.size.update(validation=size, train=-size)
     everything.unlink()
 
 
@@ -259,7 +260,7 @@ def _sample(spec: PrepareSpec, tallies: dict[str, _Tally], spool: _Spool) -> Ite
     total = sum(source.weight for source in spec.sources)
     for source in spec.sources:
         budget = spec.sample_mb * 2**20 * source.weight / total
-        share = min(1.0, budget / max(tallies[source.name].bytes["train"], 1))
+        share = min(1.0, budget / max(tallies[source.name].size["train"], 1))
         owed = 0.0
         for text in spool.documents(source.name, "train"):
             owed += share
@@ -313,7 +314,7 @@ def _entry(source: SourceSpec, tally: _Tally, tokens: dict[str, int]) -> dict[st
         "weight": source.weight,
         "documents": {"read": tally.read, **{split: tally.kept[split] for split in SPLITS}},
         "dropped": dict(sorted(tally.dropped.items())),
-        "bytes": {split: tally.bytes[split] for split in SPLITS},
+        "bytes": {split: tally.size[split] for split in SPLITS},
         "tokens": tokens,
     }
 

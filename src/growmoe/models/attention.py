@@ -141,7 +141,7 @@ class Attention(nn.Module):
 
 def _mask(T: int, S: int, window: int | None, device: torch.device) -> Tensor | None:
     """[T,S] of True where attention is allowed; None when plain causal masking says the same."""
-    if T == S and (window is None or S <= window):
+    if T == S and (window is None or window >= S):
         return None
     query_T1 = torch.arange(S - T, S, device=device)[:, None]
     key_S = torch.arange(S, device=device)

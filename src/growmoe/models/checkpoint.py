@@ -271,7 +271,7 @@ def _write_header(stream: BinaryIO, shapes: dict[str, tuple[int, ...]], dtype: s
 def _write_tensor(stream: BinaryIO, tensor: Tensor) -> None:
     if tensor.numel():
         flat = tensor.detach().contiguous().view(-1).view(torch.uint8)
-        stream.write(memoryview(flat.numpy()))
+        stream.write(flat.numpy().data)
 
 
 def copy_tokenizer(source: Path, out: Path) -> None:
@@ -364,6 +364,7 @@ def disk_free(path: Path) -> int:
 
 def tensor_names(tensors: Iterable[str]) -> list[str]:
     """Sorted tensor names, layers in numeric order."""
+
     def key(name: str) -> list[Any]:
         return [int(part) if part.isdigit() else -1 for part in name.split(".")] + [name]
 

@@ -84,14 +84,18 @@ def widened_config(
 def _width_obstacles(source: ModelConfig, sizes: dict[str, int], zero_pad: bool) -> list[str]:
     found = []
     if sizes["num_heads"] % sizes["num_kv_heads"]:
-        found.append(f"{sizes['num_heads']} heads do not divide by {sizes['num_kv_heads']} kv heads")
+        found.append(
+            f"{sizes['num_heads']} heads do not divide by {sizes['num_kv_heads']} kv heads"
+        )
     if sizes["head_dim"] % source.head_dim:
         found.append(f"head_dim {sizes['head_dim']} is not a multiple of {source.head_dim}")
     if sizes["head_dim"] != source.head_dim and source.qk_norm:
         found.append("head_dim cannot grow in a model that normalises queries and keys")
     wider = sizes["hidden_size"] != source.hidden_size
     if source.norm == "layer" and wider and (zero_pad or sizes["hidden_size"] % source.hidden_size):
-        found.append("a LayerNorm model grows its hidden size by whole multiples of duplicates only")
+        found.append(
+            "a LayerNorm model grows its hidden size by whole multiples of duplicates only"
+        )
     if source.moe and sizes["ffn_size"] != source.ffn_size:
         found.append("the feed-forward of a MoE does not grow; grow first, then upcycle")
     return found

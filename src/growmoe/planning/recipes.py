@@ -133,9 +133,14 @@ def _grown(source: ModelConfig, stage: GrowStage) -> ModelConfig:
     problems = []
     steps: list[Callable[[ModelConfig], ModelConfig]] = [
         lambda c: widened_config(
-            c, hidden=stage.hidden, heads=stage.heads, kv_heads=stage.kv_heads,
-            head_dim=stage.head_dim, ffn=stage.ffn, zero_pad=stage.units == "zero_pad",
-        ),  # fmt: skip
+            c,
+            hidden=stage.hidden,
+            heads=stage.heads,
+            kv_heads=stage.kv_heads,
+            head_dim=stage.head_dim,
+            ffn=stage.ffn,
+            zero_pad=stage.units == "zero_pad",
+        ),
         lambda c: _deeper(c, stage.layers) if stage.layers else c,
         lambda c: _larger_vocab(c, stage.vocab) if stage.vocab else c,
     ]

@@ -65,8 +65,9 @@ def draw(paint: Callable[[Any, Any, bool], None], name: str) -> dict[str, str]:
         svg = buffer.getvalue()
         svg = svg[svg.index("<svg") :]
         # ids must not clash when several figures share a page
-        result[kind] = svg.replace('id="', f'id="{name}-{kind}-').replace(
-            "url(#", f"url(#{name}-{kind}-").replace('href="#', f'href="#{name}-{kind}-')  # fmt: skip
+        for mark in ('id="', "url(#", 'href="#'):
+            svg = svg.replace(mark, f"{mark}{name}-{kind}-")
+        result[kind] = svg
     return result
 
 

@@ -25,22 +25,26 @@ def write_report(folder: Path) -> Path:
     results = [read_json(Path(row["output"]) / "stage.json")["result"] for row in rows]
     curves = _curves(folder, results)
     loads = [result["expert_load"] for result in results if result.get("expert_load")]
-    page = _environment().get_template("page.html.j2").render(
-        name=folder.name,
-        version=__version__,
-        rows=rows,
-        results=results,
-        headline=_headline(rows),
-        flops=loss_against_flops(curves) if curves else None,
-        domains=validation_by_domain(curves) if curves else None,
-        experts=expert_load(loads[-1]) if loads else None,
-        transitions=[r for r in results if r["stage"] in ("grow", "upcycle", "verify")],
-        samples=[s for r in results for s in r.get("samples", [])],
-        scores=_scores(results),
-        corpora=_corpora(results),
-        recipe=json.dumps(read_json(folder / "recipe.json"), indent=2, ensure_ascii=False)
-        if (folder / "recipe.json").exists()
-        else "",
+    page = (
+        _environment()
+        .get_template("page.html.j2")
+        .render(
+            name=folder.name,
+            version=__version__,
+            rows=rows,
+            results=results,
+            headline=_headline(rows),
+            flops=loss_against_flops(curves) if curves else None,
+            domains=validation_by_domain(curves) if curves else None,
+            experts=expert_load(loads[-1]) if loads else None,
+            transitions=[r for r in results if r["stage"] in ("grow", "upcycle", "verify")],
+            samples=[s for r in results for s in r.get("samples", [])],
+            scores=_scores(results),
+            corpora=_corpora(results),
+            recipe=json.dumps(read_json(folder / "recipe.json"), indent=2, ensure_ascii=False)
+            if (folder / "recipe.json").exists()
+            else "",
+        )
     )
     write_text(folder / "report.html", page)
     return folder / "report.html"
@@ -90,7 +94,10 @@ def _headline(rows: list[dict[str, Any]]) -> list[tuple[str, str]]:
         return []
     first, last = models[0], models[-1]
     return [
-        ("parameters", f"{human_count(first['params_total'])} → {human_count(last['params_total'])}"),
+        (
+            "parameters",
+            f"{human_count(first['params_total'])} → {human_count(last['params_total'])}",
+        ),
         ("active per token", human_count(last["params_active"])),
         ("training tokens", human_count(float(sum(row["tokens"] for row in trained)))),
         ("training FLOPs", human_count(float(sum(row["flops"] for row in trained)))),

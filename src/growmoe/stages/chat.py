@@ -91,7 +91,9 @@ def _renderer(path: Path, kind: str) -> Render | None:
     if kind == "template" and template is None:
         raise UsageError(f"{path} has no chat template; use --format plain")
     steps = lineage_of(path).get("history", [])
-    untaught = bool(steps) and steps[0]["operation"] == "train"  # from scratch: never saw a dialogue
+    untaught = (
+        bool(steps) and steps[0]["operation"] == "train"
+    )  # from scratch: never saw a dialogue
     if template is None or (kind == "auto" and untaught):
         return None
     from transformers import PreTrainedTokenizerFast

@@ -67,7 +67,9 @@ def _model(spec: TrainStage, corpus: Corpus) -> Transformer:
         return model
     path = Path(spec.model)
     if path.suffix == ".gguf":
-        raise UsageError(f"{path}: training starts from a model directory; grow or upcycle it first")
+        raise UsageError(
+            f"{path}: training starts from a model directory; grow or upcycle it first"
+        )
     model = load_model(path)
     if corpus.vocab_size > model.config.vocab_size:
         raise UsageError(

@@ -10,7 +10,8 @@ from growmoe.recipe import OptimizerModel
 
 def make_optimizer(model: nn.Module, spec: OptimizerModel) -> torch.optim.AdamW:
     """AdamW; norms, biases and routers are not decayed."""
-    decayed, free = [], []
+    decayed: list[nn.Parameter] = []
+    free: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
         plain = parameter.dim() < 2 or name.endswith(("bias", "router.weight"))
         (free if plain else decayed).append(parameter)
@@ -18,7 +19,9 @@ def make_optimizer(model: nn.Module, spec: OptimizerModel) -> torch.optim.AdamW:
         {"params": decayed, "weight_decay": spec.weight_decay},
         {"params": free, "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(groups, lr=spec.lr, betas=(spec.beta1, spec.beta2), eps=1e-8)
+    # fused: one pass over memory; instead of several per parameter
+    betas = (spec.beta1, spec.beta2)
+    return torch.optim.AdamW(groups, lr=spec.lr, betas=betas, eps=1e-8, fused=True)
 
 
 def learning_rate(step: int, steps: int, spec: OptimizerModel) -> float:

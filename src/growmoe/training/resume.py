@@ -8,6 +8,7 @@ import json
 import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -40,7 +41,7 @@ def save_checkpoint(
     staged.mkdir(parents=True)
     save_file({name: p.data for name, p in model.named_parameters()}, staged / "model.safetensors")
     state = {}
-    names = {parameter: name for name, parameter in model.named_parameters()}
+    names: dict[Any, str] = {parameter: name for name, parameter in model.named_parameters()}
     for parameter, values in optimizer.state.items():
         for key, value in values.items():
             state[f"{names[parameter]}/{key}"] = value
