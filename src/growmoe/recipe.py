@@ -333,7 +333,7 @@ def _compose(text: str, file: str) -> _Document:
         line = f":{mark.line + 1}" if mark else ""
         raise UsageError(f"{file}{line}: not valid YAML: {error.problem}") from None
     except yaml.YAMLError as error:
-        raise UsageError(f"{file}: not valid YAML: {error}") from None
+        raise UsageError(f"{file}: not valid YAML: {' '.join(str(error).split())}") from None
     lines: dict[Loc, int] = {}
     problems: list[str] = []
     value = _plain(root, (), lines, problems, file)
@@ -545,7 +545,7 @@ def _reference_problems(
     named = [
         (index, stage, str(stage.get("name", STAGES[stage["stage"]].model_fields["name"].default)))
         for index, stage in enumerate(stages if isinstance(stages, list) else [])
-        if isinstance(stage, dict) and stage.get("stage") in STAGES
+        if isinstance(stage, dict) and str(stage.get("stage")) in STAGES
     ]
     before: dict[str, str] = {}
     for index, stage, name in named:

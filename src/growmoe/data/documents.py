@@ -133,13 +133,21 @@ def _read_file(file: Path, text_field: str, split: str, limit: int) -> Iterator[
         raise GrowmoeError(f"{file} is not a whole compressed file ({error})") from None
     except OSError as error:
         raise GrowmoeError(f"{file} cannot be read: {error.strerror or error}") from None
+    except Exception as error:
+        if type(error).__name__ != "ZstdError":  # zstandard is optional, so not imported by name
+            raise
+        raise GrowmoeError(f"{file} is not a whole compressed file ({error})") from None
 
 
 def _open(file: Path) -> BinaryIO:
     if file.name.endswith(".gz"):
         return io.BufferedReader(gzip.open(file))
     if file.name.endswith(".zst"):
-        return need("zstandard").open(file, "rb")
+        zstandard = need("zstandard")
+        reader = zstandard.ZstdDecompressor().stream_reader(
+            open(file, "rb"), read_across_frames=True, closefd=True
+        )
+        return io.BufferedReader(reader)
     return open(file, "rb")
 
 

@@ -70,8 +70,11 @@ class Axis:
 
 
 def generator(seed: int, name: str) -> torch.Generator:
-    """A generator of its own for every tensor, so that results do not depend on the order."""
-    return torch.Generator().manual_seed((seed << 32) ^ zlib.crc32(name.encode()))
+    """A generator of its own for every tensor, so that results do not depend on the order.
+
+    Seed and name go into one 32-bit number, because torch's CPU generator ignores higher bits.
+    """
+    return torch.Generator().manual_seed(zlib.crc32(f"{seed}/{name}".encode()))
 
 
 def identity_axis(size: int) -> Axis:
