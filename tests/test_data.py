@@ -9,11 +9,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import SHARED, growmoe
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
+from conftest import SHARED, growmoe
 from growmoe.data.clean import clean, content_key
 from growmoe.data.corpus import SPLITS, Corpus, ShardWriter, TokenStream, token_dtype
 from growmoe.data.documents import read_source
@@ -266,8 +266,9 @@ def test_tokenizer_is_lossless(corpus: Path, text: str) -> None:
 
 
 def test_transformers_reads_the_tokenizer(corpus: Path, tmp_path: Path) -> None:
-    from conftest import write_tiny
     from transformers import AutoTokenizer
+
+    from conftest import write_tiny
 
     model = write_tiny(tmp_path / "m", tokenizer_from=corpus, vocab_size=320)
     theirs = AutoTokenizer.from_pretrained(model)

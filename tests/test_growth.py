@@ -5,10 +5,10 @@ import itertools
 
 import pytest
 import torch
-from conftest import InMemory, tiny_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from conftest import InMemory, tiny_model
 from growmoe.errors import UsageError
 from growmoe.growth.aki import AKI
 from growmoe.growth.axes import Axis, duplicated_axis, head_axis
@@ -201,10 +201,11 @@ def test_aki_takes_new_units_from_the_next_layer() -> None:
     spec = Widening(hidden=48, heads=12, ffn=70, split="even", keep_rms=False)
     aki, fpi = AKI(a, spec), Widened(a, spec)
     for part, new in (("attn.o", slice(36, None)), ("mlp.gate", slice(50, None))):
+        names = [f"layers.{layer}.{part}.weight" for layer in range(3)]
         own, above, last = (
-            torch.equal(aki.load(f"layers.{i}.{part}.weight")[new], fpi.load(f"layers.{j}.{part}.weight")[new])
+            torch.equal(aki.load(names[i])[new], fpi.load(names[j])[new])
             for i, j in ((0, 0), (0, 1), (2, 2))
-        )  # fmt: skip
+        )
         assert (own, above, last) == (False, True, True)
         old = slice(0, new.start)
         name = f"layers.0.{part}.weight"

@@ -4,10 +4,10 @@ from pathlib import Path
 
 import pytest
 import yaml
-from conftest import ROOT, growmoe, write_tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from conftest import ROOT, growmoe, write_tiny
 from growmoe.errors import GrowmoeError, UsageError
 from growmoe.planning.recipes import plan_recipe
 from growmoe.recipe import load_recipe

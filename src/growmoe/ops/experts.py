@@ -58,5 +58,5 @@ def combine(y_SD: Tensor, order_S: Tensor, weights_TK: Tensor) -> Tensor:
     T, K = weights_TK.shape
     inverse_S = torch.empty_like(order_S)
     inverse_S[order_S] = torch.arange(order_S.numel(), device=order_S.device)
-    y_TKD = y_SD.index_select(0, inverse_S).view(T, K, -1)
+    y_TKD = y_SD.index_select(0, inverse_S).view(T, K, y_SD.shape[1])
     return torch.einsum("tkd,tk->td", y_TKD, weights_TK.to(y_TKD.dtype))
