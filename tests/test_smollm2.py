@@ -5,8 +5,8 @@ import importlib.util
 from pathlib import Path
 
 import pytest
-from conftest import growmoe
 
+from conftest import growmoe
 from growmoe.data.tokenizer import load_tokenizer
 from growmoe.inference.generate import Sampling, stream_text
 from growmoe.models.checkpoint import build_model, load_model

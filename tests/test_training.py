@@ -349,3 +349,35 @@ def test_decay_spares_norms_biases_and_routers() -> None:
     assert all(n.endswith(("norm.weight", "bias", "router.weight")) for n in free_names)
     assert "layers.1.moe.router.weight" in free_names
     assert dataclasses.is_dataclass(model.config)
+
+
+def test_checkpoints_outlive_a_failed_publish(
+    counting: Corpus, tmp_path: Path, monkeypatch
+) -> None:
+    """The state may go only when the model is safe; then it does go."""
+    from growmoe import files, pipeline
+
+    write_tiny(tmp_path / "start", vocab_size=97)
+    options = spec(model=str(tmp_path / "start"), data=str(counting.path))
+    (counting.path / "tokenizer.json").unlink(missing_ok=True)
+
+    def failing(staged: Path, out: Path) -> None:
+        raise OSError("the disk went away")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(files, "publish", failing)
+        with pytest.raises(OSError, match="went away"):
+            pipeline.execute(options, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    checkpoints = tmp_path / "out.run" / "checkpoints"
+    assert list(checkpoints.glob("step-*"))
+    result = pipeline.execute(options, tmp_path / "out")
+    assert result["tokens"] == 12 * 80
+    assert not checkpoints.exists()
+    assert load_model(tmp_path / "out").config.vocab_size == 97
+
+
+def test_another_starting_model_does_not_resume(counting: Corpus, tmp_path: Path) -> None:
+    Trainer(fresh(), counting, spec(model="a"), tmp_path / "run").train()
+    with pytest.raises(GrowmoeError, match="other options"):
+        Trainer(fresh(), counting, spec(model="b"), tmp_path / "run").train()

@@ -28,17 +28,19 @@ def execute(spec: Any, out: Path, fingerprint: str = "") -> dict[str, Any]:
 
     Every result has all SUMMARY_FIELDS (None where a field means nothing for the stage).
     """
-    out = Path(out)
     module = importlib.import_module(f"growmoe.stages.{spec.stage}")
+    work = out.with_name(f"{out.name}.run")
     with staged_directory(out) as staged:
         started = time.monotonic()
-        found = module.run(spec, staged, out.with_name(f"{out.name}.run"))
+        found = module.run(spec, staged, work)
         result: dict[str, Any] = dict.fromkeys(SUMMARY_FIELDS)
         result |= {"stage": spec.stage, "name": spec.name}
         result |= {"seconds": time.monotonic() - started, **found, "output": str(out)}
         result["seconds"] = round(result["seconds"], 3)
         record = {"fingerprint": fingerprint, "options": spec.model_dump(mode="json")}
         write_json(staged / STAGE_FILE, {**record, "result": result})
+    if hasattr(module, "after_publish"):
+        module.after_publish(work)
     return result
 
 

@@ -44,7 +44,6 @@ def run(spec: TrainStage, staged: Path, work: Path) -> dict[str, Any]:
             "history": history(parent, "train", source),
         },
     )
-    shutil.rmtree(work / "checkpoints", ignore_errors=True)
     return {
         **sizes(model.config),
         "tokens": outcome.tokens,
@@ -57,6 +56,11 @@ def run(spec: TrainStage, staged: Path, work: Path) -> dict[str, Any]:
         "expert_load": outcome.expert_load,
         "arithmetic": trainer.dtype,
     }
+
+
+def after_publish(work: Path) -> None:
+    """The model is safe on disk: its checkpoints are no longer needed, its metrics are."""
+    shutil.rmtree(work / "checkpoints", ignore_errors=True)
 
 
 def _model(spec: TrainStage, corpus: Corpus) -> Transformer:

@@ -211,8 +211,8 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 def _fingerprint(spec: TrainStage, corpus: Corpus) -> str:
-    """Equal for runs whose steps are the same: all options, and the corpus's content."""
-    ignored = {"name", "model", "data", "checkpoint_every"}
+    """Equal for runs whose steps are the same: start, all options, and the corpus's content."""
+    ignored = {"name", "data", "checkpoint_every"}
     options = spec.model_dump(mode="json", exclude=ignored)
     text = json.dumps([options, corpus.manifest.get("hash")], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
