@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from conftest import ROOT, growmoe, write_tiny
 from growmoe.errors import GrowmoeError, UsageError
 from growmoe.planning.recipes import plan_recipe
-from growmoe.recipe import load_recipe
+from growmoe.recipe_yaml import load_recipe
 
 GOOD = """\
 name: t

@@ -74,7 +74,7 @@ def _threads() -> None:
 
 
 def _stage(kind: str, options: dict[str, Any], overrides: list[str] | None) -> Any:
-    from growmoe.recipe import stage_from_options
+    from growmoe.recipe_yaml import stage_from_options
 
     return stage_from_options(kind, options, overrides or [])
 
@@ -104,7 +104,7 @@ def run(
 ) -> None:
     """Run a recipe; finished stages are skipped, an interrupted one continues."""
     from growmoe.pipeline import run_recipe
-    from growmoe.recipe import load_recipe
+    from growmoe.recipe_yaml import load_recipe
 
     loaded = load_recipe(recipe, overrides)
     from growmoe.planning.recipes import plan_recipe

@@ -5,7 +5,7 @@ from typing import Any
 
 from growmoe.models.presets import preset as find_preset
 from growmoe.planning.recipes import config_of, describe, plan_recipe
-from growmoe.recipe import load_recipe
+from growmoe.recipe_yaml import load_recipe
 
 
 def run(
