@@ -13,6 +13,7 @@ from conftest import growmoe, tiny_model, write_tiny
 from growmoe.errors import GrowmoeError, UsageError
 from growmoe.models.checkpoint import Directory, load_model, save_model, write_model
 from growmoe.models.config import MoEConfig
+from growmoe.models.families import config_from_hf
 
 COMMON = {
     "vocab_size": 96, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3,
@@ -258,3 +259,43 @@ def test_existing_output_is_refused(model_dir: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="no config.json"):
         Directory(empty)
     shutil.rmtree(empty)
+
+
+@pytest.mark.parametrize("kind", ["llama", "mistral", "mixtral", "qwen2", "qwen3", "qwen3_moe"])
+@pytest.mark.parametrize(
+    "key", ["num_key_value_heads", "rope_parameters", "max_position_embeddings"]
+)
+def test_absent_keys_mean_what_transformers_takes_for_them(
+    kind: str, key: str, tmp_path: Path
+) -> None:
+    theirs = public_model(kind).config.to_dict()
+    del theirs[key]
+    theirs.pop("rope_theta", None)
+    public = getattr(transformers, FAMILIES[kind][0])(
+        **{k: v for k, v in theirs.items() if k not in ("architectures", "model_type", "dtype")}
+    )
+    if key == "num_key_value_heads" and public.num_attention_heads % public.num_key_value_heads:
+        pytest.skip("the default does not divide this model's heads")
+    found = config_from_hf(theirs, tmp_path / "config.json")
+    assert found.num_kv_heads == public.num_key_value_heads
+    assert found.max_positions == public.max_position_embeddings
+    assert found.rope_theta == public.rope_parameters["rope_theta"]
+
+
+def test_a_llama_whose_heads_do_not_divide_is_written_as_what_loads(tmp_path: Path) -> None:
+    path = write_tiny(tmp_path / "m", hidden_size=40, num_heads=9, head_dim=8, ffn_size=52)
+    model = transformers.AutoModelForCausalLM.from_pretrained(path).eval()
+    ids = torch.arange(30)[None]
+    with torch.no_grad():
+        assert (model(ids).logits - load_model(path)(ids).logits).abs().max() < 1e-5
+
+
+def test_token_ids_are_not_invented(tmp_path: Path) -> None:
+    path = write_tiny(tmp_path / "m", token_ids={"eos_token_id": 5})
+    config = transformers.AutoConfig.from_pretrained(path)
+    assert (config.bos_token_id, config.eos_token_id) == (None, 5)
+
+
+def test_a_config_that_is_no_object(model_dir: Path) -> None:
+    (model_dir / "config.json").write_text("[]")
+    refused(model_dir, "config.json is not a JSON object")

@@ -25,6 +25,17 @@ def dense(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_tiny(out, tokenizer_from=corpus, vocab_size=320)
 
 
+@pytest.fixture(scope="module")
+def misfits(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Models whose tokenizer does not fit the corpus: another one, and too few tokens."""
+    folder = tmp_path_factory.mktemp("misfits")
+    other = write_tiny(folder / "other", vocab_size=400)
+    tokenizer = json.loads((corpus / "tokenizer.json").read_text())
+    tokenizer["model"]["merges"] = tokenizer["model"]["merges"][:-5]
+    (other / "tokenizer.json").write_text(json.dumps(tokenizer))
+    return {"other": other, "small": write_tiny(folder / "small", vocab_size=97)}
+
+
 VERBS = (
     "run", "prepare", "train", "grow", "upcycle", "verify", "evaluate", "chat", "generate",
     "inspect", "plan", "report", "doctor",
@@ -135,11 +146,29 @@ def test_verify_says_when_models_differ(dense: Path, corpus: Path, tmp_path: Pat
         (["plan"], 2, "exactly one of a recipe"),
         (["plan", "--config", "{corpus}"], 2, "no config.json"),
         (["run", "absent.yaml"], 2, "absent.yaml does not exist"),
+        (["grow", "{dense}", "{out}"], 2, "nothing to grow"),
+        (["grow", "{dense}", "{out}", "--hidden", "48", "--seed", "-1"], 2, "seed"),
+        (["grow", "{dense}", "{out}", "--layers", "4", "--method", "fpi", "--units", "zero_pad"],
+         2, "contradicts"),
+        (["chat", "{dense}", "--top-p", "0"], 2, "top_p"),
+        (["chat", "{dense}", "--temperature", "-1"], 2, "temperature"),
+        (["evaluate", "{other}", "--data", "{corpus}"], 2, "another tokenizer"),
+        (["upcycle", "{other}", "{out}", "--data", "{corpus}"], 2, "another tokenizer"),
+        (["evaluate", "{small}", "--data", "{corpus}"], 2, "has only 97"),
+        (["train", "{out}", "--data", "{corpus}", "--tokens", "9", "--model", "{dense}", "--set",
+          "sequence_length=161"], 2, "longer than the model's context of 160"),
+        (["train", "{out}", "--data", "{corpus}", "--tokens", "9", "--model", "{dense}", "--set",
+          "optimizer.lr=.inf"], 2, "finite"),
+        (["prepare", "package:numpy", "--out", "{out}"], 2, "write package:NAME/GLOB"),
+        (["prepare", "package:no.such/x", "--out", "{out}"], 2, "package no.such is not installed"),
     ],
     ids=lambda value: " ".join(value)[:40] if isinstance(value, list) else None,
 )  # fmt: skip
-def test_wrong_use(arguments, code, words, dense, corpus, tmp_path: Path, capsys) -> None:
+def test_wrong_use(
+    arguments, code, words, dense, corpus, misfits, tmp_path: Path, capsys
+) -> None:  # fmt: skip
     places = {
+        **misfits,
         "dense": dense, "corpus": corpus, "out": tmp_path / "out", "tmp": tmp_path,
         "long": "far " * 400,
     }  # fmt: skip
@@ -438,3 +467,31 @@ def test_a_read_only_place(dense: Path) -> None:
     done = growmoe("upcycle", dense, "/proc/growmoe-out")
     assert done.code == 1
     assert "cannot write in /proc" in done.err
+
+
+def test_leftovers_of_a_killed_run_do_not_block(dense: Path, tmp_path: Path) -> None:
+    """In a container every run may have the same process number."""
+    from growmoe.files import staged_directory
+
+    (tmp_path / f".out.{os.getpid()}.tmp").mkdir()
+    (tmp_path / ".out.999999999.tmp").mkdir()
+    with staged_directory(tmp_path / "out") as staged:
+        (staged / "x").write_text("whole")
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_template_with_special_tokens(dense: Path, tmp_path: Path) -> None:
+    model = shutil.copytree(dense, tmp_path / "m")
+    (model / "chat_template.jinja").write_text("{{ eos_token }}{{ messages[0]['content'] }}")
+    out, _ = chat(model, "hello\n", "--format", "template")
+    assert json.loads(out.splitlines()[-1])["turns"] == 1
+
+
+def test_a_lossy_step_is_remembered_through_exact_ones(dense: Path, tmp_path: Path) -> None:
+    lossy, moe = tmp_path / "lossy", tmp_path / "moe"
+    assert growmoe("grow", dense, lossy, "--layers", 4, "--depth", "stack").code == 0
+    assert growmoe("upcycle", lossy, moe, "--experts", 2).code == 0
+    done = growmoe("verify", dense, moe)
+    assert (done.code, done.json["exact"], done.json["declared_exact"]) == (0, False, False)
+    assert growmoe("verify", lossy, moe).json["exact"] is True
+    assert "# upcycle\n" in (moe / "README.md").read_text()

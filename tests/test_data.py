@@ -349,3 +349,36 @@ def test_real_bilingual_text(tmp_path: Path) -> None:
     entry = corpus.manifest["sources"][0]
     assert entry["documents"]["train"] > 1000
     assert entry["dropped"].get("duplicate", 0) > 0
+
+
+def test_one_huge_document_still_teaches_the_tokenizer(tmp_path: Path) -> None:
+    book = tmp_path / "book.txt"
+    book.write_text(" ".join(rows(4000)), encoding="utf-8")
+    other = write_jsonl(tmp_path / "a.jsonl", rows(30, "other"))
+    corpus = make(
+        tmp_path, SourceSpec(name="book", path=str(book), weight=1),
+        SourceSpec(name="other", path=str(other), weight=1), sample_mb=0.02,
+    )  # fmt: skip
+    entry = corpus.manifest["sources"][0]
+    assert entry["tokens"]["train"] < 0.8 * entry["bytes"]["train"]  # merges were learned
+
+
+def test_a_given_tokenizer_names_its_own_end_of_text(corpus: Path, tmp_path: Path) -> None:
+    import shutil
+
+    model = tmp_path / "model"
+    model.mkdir()
+    shutil.copy(corpus / "tokenizer.json", model)
+    (model / "config.json").write_text('{"eos_token_id": [2, 7]}')
+    path = str(write_jsonl(tmp_path / "a.jsonl", rows(30)))
+    made = make(tmp_path, SourceSpec(name="a", path=path, weight=1), tokenizer=str(model))
+    assert made.end_of_text == 2
+
+
+def test_paragraphs_are_bounded(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    path.write_text("short\n\n" + "a line\n" * 1000 + "\nlast\n")
+    found = list(read_source(str(path), text_field="text", split="paragraphs", limit=100))
+    assert [(r.text.strip(), r.problem) for r in found] == [
+        ("short", ""), ("", "too_long"), ("last", "")
+    ]  # fmt: skip

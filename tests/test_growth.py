@@ -13,14 +13,14 @@ from growmoe.errors import UsageError
 from growmoe.growth.aki import AKI
 from growmoe.growth.axes import Axis, duplicated_axis, head_axis
 from growmoe.growth.compose import grow
-from growmoe.growth.depth import Deepened, depth_map
+from growmoe.growth.depth import Deepened
 from growmoe.growth.upcycle import Upcycled
 from growmoe.growth.verify import Comparison, compare
 from growmoe.growth.vocab import GrownVocab
 from growmoe.growth.width import Widened, Widening
 from growmoe.models.checkpoint import Source, build_model
 from growmoe.models.config import MoEConfig, tensor_shapes
-from growmoe.models.shapes import head_maps
+from growmoe.models.shapes import depth_map, head_maps
 from growmoe.recipe import GrowStage
 
 GPT = {

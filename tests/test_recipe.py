@@ -88,8 +88,7 @@ stages:
         "recipe.yaml:4: stages[0].sources[0].wieght: unknown key; did you mean 'weight'?",
         "recipe.yaml:7: stages[1].init: hidden_size 30 does not divide by num_heads 4; "
         "give head_dim",
-        "recipe.yaml:9: stages[1].tokens: input should be a valid integer, unable to parse string "
-        "as an integer, not 'many'",
+        "recipe.yaml:9: stages[1].tokens: input should be a valid integer, not 'many'",
         "recipe.yaml:10: stages[1].optimizer.warmpu: unknown key; did you mean 'warmup'?",
         "recipe.yaml:8: stages[1].tokns: unknown key; did you mean 'tokens'?",
         "recipe.yaml:11: stages[2]: experts (2) are fewer than top_k (4)",

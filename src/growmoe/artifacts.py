@@ -11,8 +11,9 @@ from torch import Tensor
 
 from growmoe.data.corpus import Corpus
 from growmoe.data.prepare import first_documents
-from growmoe.data.tokenizer import load_tokenizer
+from growmoe.data.tokenizer import load_tokenizer, same_tokenizer
 from growmoe.errors import GrowmoeError, UsageError
+from growmoe.files import read_json
 from growmoe.growth.verify import Comparison, compare
 from growmoe.models.checkpoint import (
     TOKENIZER_FILES,
@@ -46,7 +47,17 @@ def lineage_of(path: Path) -> dict[str, Any]:
 
 
 def free_memory() -> int:
-    """Bytes of memory that can still be used without swapping."""
+    """Bytes of memory that can still be used without swapping, inside the container's limit."""
+    group = Path("/sys/fs/cgroup")
+    if (group / "memory.max").exists() and (group / "memory.current").exists():
+        limit = (group / "memory.max").read_text().strip()
+        if limit != "max":
+            used = int((group / "memory.current").read_text())
+            return min(_machine_memory(), max(0, int(limit) - used))
+    return _machine_memory()
+
+
+def _machine_memory() -> int:
     for line in Path("/proc/meminfo").read_text().splitlines():
         if line.startswith("MemAvailable:"):
             return int(line.split()[1]) * 1024
@@ -65,7 +76,7 @@ def check_sequences(
     """
     longest = min(config.max_positions, LONG_SEQUENCE)
     if data is not None:
-        corpus = Corpus(Path(data))
+        corpus = fitting_corpus(model, config, data)
         streams = [s for s in corpus.streams["validation"].values() if len(s) > 1]
         share = tokens // len(streams)
         ids = [t for s in streams for t in s.read(0, min(share, len(s))).tolist()]
@@ -88,7 +99,8 @@ def check_sequences(
         )
     pieces = [ids[:longest]]
     rest = ids[longest:]
-    pieces += [rest[i : i + SHORT_SEQUENCE] for i in range(0, len(rest), SHORT_SEQUENCE)]
+    short = min(SHORT_SEQUENCE, longest)
+    pieces += [rest[i : i + short] for i in range(0, len(rest), short)]
     return [torch.tensor(piece) for piece in pieces if len(piece) > 1], origin
 
 
@@ -110,14 +122,29 @@ def _text_ids(model: Path, text: str | None, tokens: int) -> list[int]:
     return tokenizer.encode(joined, add_special_tokens=False).ids[:tokens]
 
 
-def corpus_loss(source: Source, data: str) -> dict[str, float]:
-    """Validation loss of a model by domain, on the corpus's fixed windows, in float32."""
+def fitting_corpus(model: Path, config: ModelConfig, data: str) -> Corpus:
+    """The corpus `data`, if it was tokenised with the tokenizer of the model in `model`.
+
+    Raises UsageError when the model has fewer tokens, or a tokenizer that cuts text differently.
+    """
     corpus = Corpus(Path(data))
-    if corpus.vocab_size > source.config.vocab_size:
+    if corpus.vocab_size > config.vocab_size:
         raise UsageError(
-            f"{data} was tokenised with {corpus.vocab_size} tokens, but the model has only "
-            f"{source.config.vocab_size}"
+            f"{data} was tokenised with {corpus.vocab_size} tokens, but {model} has only "
+            f"{config.vocab_size}"
         )
+    if (model / "tokenizer.json").exists() and not same_tokenizer(
+        load_tokenizer(model), load_tokenizer(corpus.path)
+    ):
+        raise UsageError(
+            f"{data} was tokenised with another tokenizer than that of {model}; prepare it with "
+            f"tokenizer.path={model}"
+        )
+    return corpus
+
+
+def corpus_loss(source: Source, corpus: Corpus) -> dict[str, float]:
+    """Validation loss of a model by domain, on the corpus's fixed windows, in float32."""
     return domain_losses(build_model(source), corpus.validation_windows())
 
 
@@ -130,6 +157,9 @@ def publish_derived(
     Raises GrowmoeError when it is declared exact and is not: then nothing is published.
     """
     dtype = dtype or source.dtype
+    sequences, origin = check_sequences(
+        source_path, source.config, spec.text, spec.data, spec.seed
+    )  # fmt: skip
     _check_disk(staged, derived.config, dtype)
     total = len(tensor_shapes(derived.config))
     progress = Progress(operation, total, "tensors")
@@ -141,9 +171,6 @@ def publish_derived(
         export_tokenizer(source_path, staged)
     else:
         copy_tokenizer(source_path, staged)
-    sequences, origin = check_sequences(
-        source_path, source.config, spec.text, spec.data, spec.seed
-    )  # fmt: skip
     written = Directory(staged)
     check = compare(source, written, sequences, memory_bytes=free_memory(), note=note)
     report_check(check, exact)
@@ -156,7 +183,8 @@ def publish_derived(
     before, after = check.ce_a, check.ce_b
     losses: dict[str, Any] = {}
     if spec.data is not None:
-        by_domain = corpus_loss(source, spec.data), corpus_loss(written, spec.data)
+        corpus = fitting_corpus(source_path, source.config, spec.data)
+        by_domain = corpus_loss(source, corpus), corpus_loss(written, corpus)
         before, after = (mean_loss(losses) for losses in by_domain)
         losses = {"validation_before": by_domain[0], "validation_after": by_domain[1]}
     parent = lineage_of(source_path)
@@ -172,6 +200,7 @@ def publish_derived(
         "check": {**check.as_dict(), "text": origin},
     }
     lineage = {
+        "name": spec.name,
         "operation": operation,
         "parent": str(source_path),
         "options": spec.model_dump(mode="json", exclude_none=True),
@@ -179,26 +208,42 @@ def publish_derived(
         "checks": result["check"],
         "tokens_total": parent.get("tokens_total", 0),
         "flops_total": parent.get("flops_total", 0),
-        "history": history(parent, operation, source_path),
+        "history": history(parent, operation, source_path, exact),
     }
     write_lineage(staged, lineage)
     return result
 
 
-def history(parent: dict[str, Any], operation: str, source: Path | str) -> list[dict[str, str]]:
-    """The operations that led here, oldest first."""
-    return [*parent.get("history", []), {"operation": operation, "from": str(source)}]
+def history(
+    parent: dict[str, Any], operation: str, source: Path | str, exact: bool
+) -> list[dict[str, Any]]:
+    """The operations that led here, oldest first, and whether each kept the function."""
+    step = {"operation": operation, "from": str(source), "exact": exact}
+    return [*parent.get("history", []), step]
+
+
+def declared_exact(a: Path, b: Path) -> bool:
+    """Whether B is said to be the same function as A: false only when B's lineage leads back to A
+    through an operation that is declared lossy, or through training."""
+    steps = lineage_of(b).get("history", [])
+    for number in range(len(steps) - 1, -1, -1):
+        if Path(steps[number]["from"]).resolve() == a.resolve():
+            return all(step.get("exact", True) for step in steps[number:])
+    return True
 
 
 def load_for_text(path: Path) -> tuple[Transformer, Tokenizer, frozenset[int]]:
     """Model, tokenizer and the tokens that end a text."""
     tokenizer = load_tokenizer(path)
     model = load_model(path)
-    eos = model.config.token_ids.get("eos_token_id", [])
-    ids = set(eos if isinstance(eos, list) else [eos])
+    ids: set[int] = set()
+    extra = path / "generation_config.json"
+    for found in (model.config.token_ids, read_json(extra) if extra.exists() else {}):
+        eos = found.get("eos_token_id")
+        ids |= set(eos if isinstance(eos, list) else [] if eos is None else [eos])
     for name in ("<|im_end|>", "<|endoftext|>"):
-        if (found := tokenizer.token_to_id(name)) is not None:
-            ids.add(found)
+        if (token := tokenizer.token_to_id(name)) is not None:
+            ids.add(token)
     return model, tokenizer, frozenset(ids)
 
 

@@ -326,7 +326,9 @@ def chat(
     """Talk to a model; one line from standard input is one turn."""
     if format not in ("auto", "template", "plain"):
         raise UsageError(f"format '{format}' is not auto, template or plain")
-    _existing(model)
+    checked = {"model": _existing(model), "prompts": ["-"], "max_tokens": max_tokens}
+    checked |= {"temperature": temperature, "top_p": top_p, "seed": seed}
+    _stage("generate", checked, None)
     _threads()
     from growmoe.stages.chat import ChatOptions
     from growmoe.stages.chat import run as chat_stage

@@ -1,6 +1,7 @@
 """Outputs appear whole or not at all: write aside, fsync, rename."""
 
 import contextlib
+import glob
 import json
 import os
 import shutil
@@ -90,9 +91,10 @@ def staged_directory(out: Path) -> Iterator[Path]:
 
 def remove_leftovers(out: Path) -> None:
     """Delete hidden staging directories of `out` whose process is gone (kill -9 leaves one)."""
-    for path in out.parent.glob(f".{out.name}.*.tmp"):
+    for path in out.parent.glob(f".{glob.escape(out.name)}.*.tmp"):
         pid = path.name.removesuffix(".tmp").rpartition(".")[2]
-        if pid.isdigit() and not _is_alive(int(pid)):
+        # our own number: an earlier process had it (in a container every run may be number 1)
+        if pid.isdigit() and (int(pid) == os.getpid() or not _is_alive(int(pid))):
             shutil.rmtree(path, ignore_errors=True)
 
 

@@ -30,7 +30,10 @@ def execute(spec: Any, out: Path, fingerprint: str = "") -> dict[str, Any]:
     """
     module = importlib.import_module(f"growmoe.stages.{spec.stage}")
     work = out.with_name(f"{out.name}.run")
-    with staged_directory(out) as staged:
+    with contextlib.ExitStack() as stack:
+        if spec.stage == "train":
+            stack.enter_context(_working_in(work))
+        staged = stack.enter_context(staged_directory(out))
         started = time.monotonic()
         found = module.run(spec, staged, work)
         result: dict[str, Any] = dict.fromkeys(SUMMARY_FIELDS)
@@ -133,6 +136,19 @@ def _fingerprint(stage: Any, spec: Any, done: dict[str, str]) -> str:
     options = stage.model_dump(mode="json", exclude={"checkpoint_every"})
     text = json.dumps([options, inputs], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+@contextlib.contextmanager
+def _working_in(work: Path) -> Iterator[None]:
+    """Hold a stage's work directory; one that nothing was written into is removed again."""
+    work.mkdir(parents=True, exist_ok=True)
+    with _locked(work):
+        try:
+            yield
+        finally:
+            if [path.name for path in work.iterdir()] == [".lock"]:
+                (work / ".lock").unlink()
+                work.rmdir()
 
 
 def _say(text: str) -> None:

@@ -4,11 +4,22 @@
 """
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr, model_validator
 
-Count = Annotated[int, Field(ge=1)]
+
+def _whole_number(value: Any) -> Any:
+    """1e6 is a whole number; true and "4" are not numbers."""
+    if isinstance(value, float) and value.is_integer():
+        return int(value)
+    if isinstance(value, bool | str):
+        raise ValueError(f"input should be a valid integer, not {value!r}")
+    return value
+
+
+Count = Annotated[int, BeforeValidator(_whole_number), Field(ge=1)]
+Seed = Annotated[int, BeforeValidator(_whole_number), Field(ge=0, lt=2**63)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[float, Field(gt=0)]
 NonNegative = Annotated[float, Field(ge=0)]
@@ -16,9 +27,9 @@ Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]
 
 
 class Strict(BaseModel):
-    """Unknown keys are errors; a checked stage does not change; text is never taken for numbers."""
+    """Unknown keys are errors, and a checked stage does not change."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=False)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class SourceModel(Strict):
@@ -67,7 +78,8 @@ class PrepareStage(Strict):
 
 
 class InitModel(Strict):
-    """A new model; its vocabulary is the corpus's, rounded up to a multiple of 64."""
+    """A new model; its vocabulary is the corpus's, rounded up to a multiple of 64. Models with gelu
+    have biases everywhere, as GPT does."""
 
     hidden_size: Count
     num_layers: Count
@@ -148,7 +160,7 @@ class TrainStage(Strict):
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Arithmetic of the forward pass; weights and optimizer are float32. auto: bfloat16 where the
     processor multiplies it natively."""
-    seed: int = 0
+    seed: Seed = 0
     validate_every: Count = 100
     checkpoint_every: Count = 100
 
@@ -175,7 +187,7 @@ class _OnText(Strict):
 
     text: str | None = None
     data: str | None = None
-    seed: int = 0
+    seed: Seed = 0
 
 
 class GrowStage(_OnText):
@@ -195,15 +207,35 @@ class GrowStage(_OnText):
     depth: Literal["identity", "stack", "interpolate"] | None = None
     """Default: identity for exact, interpolate for aki-pro, stack for fpi and aki."""
     units: Literal["duplicate", "zero_pad"] = "duplicate"
+    """New units of the residual stream and the feed-forward; new heads are always copies."""
     split: Literal["random", "even"] | None = None
     """How copies share what reads them; default random for exact, even for the published ones."""
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
 
     @model_validator(mode="after")
     def _something(self) -> "GrowStage":
-        if self.method in ("aki", "aki-pro") and self.units == "zero_pad":
+        if self.method != "exact" and self.units == "zero_pad":
             raise ValueError(f"method {self.method} copies units; units: zero_pad contradicts it")
+        sizes = ("hidden", "layers", "heads", "kv_heads", "ffn", "head_dim", "vocab")
+        if all(getattr(self, size) is None for size in sizes):
+            raise ValueError(f"nothing to grow: give at least one of {', '.join(sizes)}")
         return self
+
+    @property
+    def depth_method(self) -> Literal["identity", "stack", "interpolate"]:
+        """How layers are added when `depth` leaves it to `method`."""
+        if self.depth is not None:
+            return self.depth
+        if self.method == "exact":
+            return "identity"
+        return "interpolate" if self.method == "aki-pro" else "stack"
+
+
+def _layer_list(value: Any) -> Any:
+    """A YAML list or a single number, as the text that `--layers` takes."""
+    if isinstance(value, list):
+        return ",".join(map(str, value))
+    return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
 
 
 class UpcycleStage(_OnText):
@@ -215,8 +247,8 @@ class UpcycleStage(_OnText):
     experts: Count = 8
     top_k: Count = 2
     router_std: NonNegative = 0.02
-    layers: str = "all"
-    """all, second, or a list like '3,5,7' (from 0)."""
+    layers: Annotated[str, BeforeValidator(_layer_list)] = "all"
+    """all, second, or a list like [3, 5, 7] or '3,5,7' (from 0)."""
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
 
     @model_validator(mode="after")
@@ -257,7 +289,7 @@ class GenerateStage(Strict):
     max_tokens: Count = 64
     temperature: NonNegative = 0.8
     top_p: Annotated[float, Field(gt=0, le=1)] = 0.95
-    seed: int = 0
+    seed: Seed = 0
 
 
 Stage = (

@@ -69,7 +69,9 @@ def find_files(path: str) -> list[Path]:
     """The readable files of a source, sorted; raises UsageError when there are none."""
     if path.startswith("package:"):
         name, _, pattern = path.removeprefix("package:").partition("/")
-        found = sorted(package_folder(name).glob(pattern))
+        if not pattern or pattern.startswith("/"):
+            raise UsageError(f"'{path}' names no files; write package:NAME/GLOB")
+        found = sorted(f for f in package_folder(name).glob(pattern) if f.is_file())
         if not found:
             raise UsageError(f"package {name} has no files that match '{pattern}'")
         return found
@@ -93,7 +95,10 @@ def find_files(path: str) -> list[Path]:
 
 def package_folder(name: str) -> Path:
     """Where an installed package lies, without importing it."""
-    spec = importlib.util.find_spec(name)
+    try:
+        spec = importlib.util.find_spec(name)
+    except (ImportError, ValueError):
+        spec = None
     if spec is None or not spec.submodule_search_locations:
         raise UsageError(f"package {name} is not installed")
     return Path(next(iter(spec.submodule_search_locations)))
@@ -196,17 +201,20 @@ def _read_text(file: Path, stream: BinaryIO, split: str, limit: int) -> Iterator
         yield _decode(str(file), whole if len(whole) <= limit else None)
         return
     block: list[bytes] = []
+    size = 0
     for number, line in enumerate(_lines(stream, limit), 1):
         if line is None or split == "lines":
             if line is None or line.strip():
                 yield _decode(f"{file}:{number}", line)
         elif line.strip():
-            block.append(line)
-        elif block:
-            yield _decode(f"{file}:{number}", b"".join(block))
-            block = []
-    if block:
-        yield _decode(str(file), b"".join(block))
+            size += len(line)
+            if size <= limit:
+                block.append(line)
+        elif size:
+            yield _decode(f"{file}:{number}", b"".join(block) if size <= limit else None)
+            block, size = [], 0
+    if size:
+        yield _decode(str(file), b"".join(block) if size <= limit else None)
 
 
 def _decode(where: str, raw: bytes | None) -> Record:

@@ -26,9 +26,10 @@ from growmoe.data.tokenizer import (
     train_tokenizer,
 )
 from growmoe.errors import GrowmoeError, UsageError
-from growmoe.files import write_json
+from growmoe.files import read_json, write_json
 
 _BATCH_BYTES = 1 << 20
+_PIECE = 1 << 16
 Report = Callable[[int, str], None]
 
 
@@ -92,7 +93,7 @@ def prepare(spec: PrepareSpec, out: Path, report: Report = lambda done, note: No
             "hash": digest,
             "tokenizer": {
                 "vocab_size": tokenizer.get_vocab_size(),
-                "end_of_text_id": end_of_text_id(tokenizer),
+                "end_of_text_id": _end_of_text(spec, tokenizer),
                 "trained": spec.tokenizer is None,
             },
             "validation": {
@@ -120,16 +121,18 @@ class _Spool:
         folder.mkdir()
         self.seen = sqlite3.connect(folder / "seen.sqlite", isolation_level=None)
         for pragma in ("journal_mode=OFF", "synchronous=OFF", "cache_size=-65536"):
-            self.seen.execute(f"PRAGMA {pragma}")
-        self.seen.execute("CREATE TABLE seen (key BLOB PRIMARY KEY) WITHOUT ROWID")
-        self.seen.execute("BEGIN")
+            self._execute(f"PRAGMA {pragma}")
+        self._execute("CREATE TABLE seen (key BLOB PRIMARY KEY) WITHOUT ROWID")
+        self._execute("BEGIN")
 
-    def is_new(self, key: bytes) -> bool:
+    def _execute(self, statement: str, values: tuple[bytes, ...] = ()) -> int:
         try:
-            cursor = self.seen.execute("INSERT OR IGNORE INTO seen VALUES (?)", (key,))
+            return self.seen.execute(statement, values).rowcount
         except sqlite3.OperationalError as error:
             raise GrowmoeError(f"cannot write in {self.folder.parent}: {error}") from None
-        return cursor.rowcount == 1
+
+    def is_new(self, key: bytes) -> bool:
+        return self._execute("INSERT OR IGNORE INTO seen VALUES (?)", (key,)) == 1
 
     def path(self, source: str, split: str) -> Path:
         return self.folder / f"{source}.{split}"
@@ -255,25 +258,32 @@ def _tokenizer(
     return tokenizer
 
 
+def _end_of_text(spec: PrepareSpec, tokenizer: Tokenizer) -> int:
+    """The token between documents; a model's directory names its own."""
+    config = Path(spec.tokenizer) / "config.json" if spec.tokenizer is not None else None
+    known = read_json(config) if config is not None and config.exists() else {}
+    return end_of_text_id(tokenizer, known)
+
+
 def _sample(spec: PrepareSpec, tallies: dict[str, _Tally], spool: _Spool) -> Iterator[str]:
     """Training text by mixture weight, at most `sample_mb`, spread evenly over each source."""
     total = sum(source.weight for source in spec.sources)
     for source in spec.sources:
         budget = spec.sample_mb * 2**20 * source.weight / total
         share = min(1.0, budget / max(tallies[source.name].size["train"], 1))
-        owed = 0.0
+        owed = 0.0  # in characters, so that one huge document gives its part too
         for text in spool.documents(source.name, "train"):
-            owed += share
-            if owed >= 1:
-                owed -= 1
-                yield text
+            owed += share * len(text)
+            if owed >= min(len(text), _PIECE):
+                yield text[: int(owed) + 1]
+                owed -= min(int(owed) + 1, len(text))
 
 
 def _tokenise(
     spec: PrepareSpec, tallies: dict[str, _Tally], spool: _Spool, tokenizer: Tokenizer, out: Path,
     report: Report,
 ) -> tuple[list[dict[str, Any]], str]:  # fmt: skip
-    end = end_of_text_id(tokenizer)
+    end = _end_of_text(spec, tokenizer)
     dtype = token_dtype(tokenizer.get_vocab_size())
     digest = hashlib.sha256()
     entries = []
@@ -320,7 +330,7 @@ def _entry(source: SourceSpec, tally: _Tally, tokens: dict[str, int]) -> dict[st
 
 
 def first_documents(path: str, count: int) -> list[str]:
-    """The first documents of a text source, cleaned (for verification texts)."""
+    """The first documents of a text source, as they are (for verification texts)."""
     records = read_source(path, text_field="text", split="file", limit=1 << 25)
-    texts = (clean(record.text) for record in records if not record.problem)
+    texts = (record.text for record in records if not record.problem)
     return list(itertools.islice((text for text in texts if text), count))

@@ -7,7 +7,7 @@ from typing import Any
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from growmoe.errors import GrowmoeError, UsageError
-from growmoe.files import write_json
+from growmoe.files import write_json, write_text
 
 END_OF_TEXT = "<|endoftext|>"
 SPECIAL_TOKENS = (END_OF_TEXT, "<|im_start|>", "<|im_end|>")
@@ -48,7 +48,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
 
 def save_tokenizer(tokenizer: Tokenizer, out: Path) -> None:
     """tokenizer.json and the small file that transformers reads beside it."""
-    tokenizer.save(str(out / "tokenizer.json"))
+    write_text(out / "tokenizer.json", tokenizer.to_str(pretty=True))
     write_json(
         out / "tokenizer_config.json",
         {

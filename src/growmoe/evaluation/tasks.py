@@ -31,6 +31,8 @@ def read_rows(path: Path, limit: int | None) -> list[dict[str, Any]]:
                 rows.append(json.loads(line))
             except ValueError as error:
                 raise GrowmoeError(f"{path}:{number} is not JSON: {error}") from None
+            if not isinstance(rows[-1], dict):
+                raise GrowmoeError(f"{path}:{number} is not a JSON object")
             if limit is not None and len(rows) >= limit:
                 break
     if not rows:

@@ -2,13 +2,12 @@
 
 from growmoe.errors import UsageError
 from growmoe.growth.aki import AKI
-from growmoe.growth.depth import Deepened, depth_map
+from growmoe.growth.depth import Deepened
 from growmoe.growth.vocab import GrownVocab
 from growmoe.growth.width import Widened, Widening
 from growmoe.models.checkpoint import Source
+from growmoe.models.shapes import depth_map
 from growmoe.recipe import GrowStage
-
-_DEPTH = {"exact": "identity", "fpi": "stack", "aki": "stack", "aki-pro": "interpolate"}
 
 
 def grow(source: Source, spec: GrowStage) -> tuple[Source, bool]:
@@ -36,9 +35,9 @@ def grow(source: Source, spec: GrowStage) -> tuple[Source, bool]:
         else:
             grown = Widened(grown, widening)
             exact = not published or grown.config.hidden_size % old.hidden_size == 0
-    method = spec.depth or _DEPTH[spec.method]
+    method = spec.depth_method
     if spec.layers is not None and spec.layers != old.num_layers:
-        layers = depth_map(old.num_layers, spec.layers, method)  # type: ignore[arg-type]
+        layers = depth_map(old.num_layers, spec.layers, method)
         grown = Deepened(grown, layers)
         exact = exact and method == "identity"
     return grown, exact

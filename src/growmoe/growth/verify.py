@@ -17,7 +17,6 @@ from torch import Tensor
 
 from growmoe.errors import GrowmoeError
 from growmoe.models.checkpoint import DTYPES, Source, build_model
-from growmoe.models.config import tensor_shapes
 from growmoe.models.transformer import Transformer
 
 FLOAT32_FACTOR = 10.0
@@ -52,7 +51,7 @@ def compare(
 ) -> Comparison:
     """Run A and B on `sequences` (token ids, 1-D) one model at a time.
 
-    float64 runs are made when the larger model fits twice into `memory_bytes`; otherwise the floor
+    float64 runs are made when weights and logits fit into 80% of `memory_bytes`; else the floor
     is estimated as 16 roundings of the largest logit. Raises GrowmoeError when the vocabularies
     cannot be compared or a model's logits are not finite.
     """
@@ -62,6 +61,7 @@ def compare(
         )
     V = a.config.vocab_size
     size = max(a.config.bytes("float64"), b.config.bytes("float64"))
+    size += 24 * sum(len(ids) for ids in sequences) * b.config.vocab_size
     wide = size < 0.8 * memory_bytes
     note("A in float32")
     a32 = _logits(a, sequences, "float32")
@@ -78,9 +78,9 @@ def compare(
     else:
         floor = 16 * torch.finfo(torch.float32).eps * max(float(x.abs().max()) for x in a32)
     factor = FLOAT32_FACTOR
-    if half := {a.dtype, b.dtype} & {"bfloat16", "float16"}:
-        note("A with its weights rounded once more")
-        rerounded = _logits(Rerounded(a, sorted(half)[0]), sequences, "float32")
+    if b.dtype in ("bfloat16", "float16"):
+        note(f"A with its weights rounded to {b.dtype} once more")
+        rerounded = _logits(Rerounded(a, b.dtype), sequences, "float32")
         floor, factor = max(floor, _largest(a32, rerounded)), HALF_FACTOR
     diff = _largest(a32, b32, V)
     # A tiny model can land below one rounding of its largest logit; no arithmetic does better.
@@ -155,8 +155,3 @@ def _divergence(left: Logits, right: Logits, V: int) -> float:
         p, q = x.double().log_softmax(-1), y[:, :V].double().log_softmax(-1)
         total += float((p.exp() * (p - q)).sum())
     return total / sum(len(x) for x in left)
-
-
-def count_tensors(source: Source) -> int:
-    """Number of tensors that writing `source` takes (for progress)."""
-    return len(tensor_shapes(source.config))

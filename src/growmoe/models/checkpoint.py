@@ -7,7 +7,7 @@ are in memory whatever the model's size. Only safetensors, never pickle.
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol
 
@@ -40,6 +40,7 @@ SHARD_BYTES = 4 * 2**30
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.json",
     "merges.txt", "tokenizer.model", "added_tokens.json", "chat_template.jinja",
+    "generation_config.json",
 )  # fmt: skip
 
 
@@ -220,9 +221,6 @@ def write_model(
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         write_json(out / "model.safetensors.index.json", index)
     write_json(out / "config.json", config_to_hf(config, dtype))
-    if config.token_ids:
-        generation = {"_from_model_config": True, **config.token_ids}
-        write_json(out / "generation_config.json", generation)
 
 
 def _numel(shape: tuple[int, ...]) -> int:
@@ -275,7 +273,7 @@ def _write_tensor(stream: BinaryIO, tensor: Tensor) -> None:
 
 
 def copy_tokenizer(source: Path, out: Path) -> None:
-    """Copy the tokenizer files of a MODEL or CORPUS directory, byte for byte."""
+    """Copy what turns text into tokens and ends it (tokenizer, template, generation defaults)."""
     for name in TOKENIZER_FILES:
         if (source / name).exists():
             shutil.copyfile(source / name, out / name)
@@ -290,7 +288,8 @@ def write_lineage(out: Path, lineage: dict[str, Any]) -> None:
     checks = json.dumps(lineage.get("checks", {}), indent=2, ensure_ascii=False)
     options = json.dumps(lineage.get("options", {}), indent=2, ensure_ascii=False)
     (out / "README.md").write_text(
-        f"---\nlibrary_name: transformers\ntags: [growmoe]\n---\n\n# {out.name.strip('.')}\n\n"
+        "---\nlibrary_name: transformers\ntags: [growmoe]\n---\n\n"
+        f"# {lineage.get('name', 'model')}\n\n"
         f"Made by growmoe {__version__} with `{lineage.get('operation')}` from "
         f"`{lineage.get('parent')}`.\n\n"
         f"- architecture: {pick_family(config)}, {config.num_layers} layers, "
@@ -360,12 +359,3 @@ def disk_free(path: Path) -> int:
         path = path.parent
     stat = os.statvfs(path)
     return stat.f_bavail * stat.f_frsize
-
-
-def tensor_names(tensors: Iterable[str]) -> list[str]:
-    """Sorted tensor names, layers in numeric order."""
-
-    def key(name: str) -> list[Any]:
-        return [int(part) if part.isdigit() else -1 for part in name.split(".")] + [name]
-
-    return sorted(tensors, key=key)

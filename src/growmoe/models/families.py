@@ -42,8 +42,11 @@ def _obstacle(
 
 
 def _llama(c: ModelConfig) -> str | None:
-    same = None if c.qkv_bias == c.o_bias else "its attention biases are all on or all off"
-    return _obstacle(c, moe=False) or same
+    if c.qkv_bias != c.o_bias:
+        return "its attention biases are all on or all off"
+    if c.hidden_size % c.num_heads:
+        return "its hidden size is a multiple of its heads, whatever the head dim"
+    return _obstacle(c, moe=False)
 
 
 def _mistral(c: ModelConfig) -> str | None:
@@ -127,6 +130,8 @@ def pick_family(config: ModelConfig) -> str:
 
 def config_from_hf(raw: Mapping[str, Any], where: Path) -> ModelConfig:
     """Translate a parsed `config.json` (read from `where`, named in errors) to a ModelConfig."""
+    if not isinstance(raw, Mapping):
+        raise GrowmoeError(f"{where} is not a JSON object")
     kind = raw.get("model_type")
     if kind not in FAMILIES:
         raise GrowmoeError(
@@ -153,12 +158,12 @@ def _from_growmoe(raw: Mapping[str, Any]) -> ModelConfig:
 
 
 def _from_llama_line(kind: str, raw: Mapping[str, Any], where: Path) -> ModelConfig:
+    raw = {**_DEFAULTS[kind], **raw}
     if raw.get("hidden_act", "silu") not in ("silu", "swish"):
         raise GrowmoeError(f"{where}: hidden_act '{raw['hidden_act']}' is not SwiGLU's silu")
     D, H = int(raw["hidden_size"]), int(raw["num_attention_heads"])
     theta, scaling = _rope(raw, where)
     default_dim = 128 if kind == "qwen3" else D // H
-    qwen2 = kind in ("qwen2", "qwen2_moe")
     bias = bool(raw.get("attention_bias", False)) and kind in ("llama", "qwen3", "qwen3_moe")
     return ModelConfig(
         vocab_size=int(raw["vocab_size"]),
@@ -169,11 +174,11 @@ def _from_llama_line(kind: str, raw: Mapping[str, Any], where: Path) -> ModelCon
         head_dim=int(raw.get("head_dim") or default_dim),
         ffn_size=int(raw["intermediate_size"]),
         max_positions=int(raw.get("max_position_embeddings", 2048)),
-        norm_eps=float(raw.get("rms_norm_eps", 1e-5 if kind == "mixtral" else 1e-6)),
+        norm_eps=float(raw.get("rms_norm_eps", 1e-6)),
         rope_theta=theta,
         rope_scaling=scaling,
         sliding_window=_sliding_window(kind, raw, where),
-        qkv_bias=bool(raw.get("qkv_bias", True)) if qwen2 else bias,
+        qkv_bias=bool(raw["qkv_bias"]) if kind == "qwen2_moe" else bias or kind == "qwen2",
         o_bias=bias,
         mlp_bias=bool(raw.get("mlp_bias", False)) and kind == "llama",
         qk_norm=kind in ("qwen3", "qwen3_moe"),
@@ -185,6 +190,28 @@ def _from_llama_line(kind: str, raw: Mapping[str, Any], where: Path) -> ModelCon
     )
 
 
+# What transformers takes for a key that config.json leaves out (5.23), where it is not our default.
+_LONG = {"max_position_embeddings": 4096 * 32}
+_QWEN = {"max_position_embeddings": 32768}
+_DEFAULTS: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "mistral": {**_LONG, "num_key_value_heads": 8, "sliding_window": 4096},
+    "mixtral": {
+        **_LONG, "num_key_value_heads": 8, "rms_norm_eps": 1e-5, "rope_theta": 1e6,
+        "num_experts_per_tok": 2,
+    },
+    "qwen2": {**_QWEN, "num_key_value_heads": 32},
+    "qwen3": {**_QWEN, "num_key_value_heads": 32},
+    "qwen2_moe": {
+        **_QWEN, "num_key_value_heads": 16, "num_experts_per_tok": 4,
+        "moe_intermediate_size": 1408, "shared_expert_intermediate_size": 5632, "qkv_bias": True,
+    },
+    "qwen3_moe": {
+        **_QWEN, "num_key_value_heads": 4, "num_experts_per_tok": 8,
+        "moe_intermediate_size": 768,
+    },
+}  # fmt: skip
+_EXPERTS = {"mixtral": 8, "qwen2_moe": 60, "qwen3_moe": 128}
 TOKEN_ID_KEYS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
@@ -194,6 +221,8 @@ def _rope(raw: Mapping[str, Any], where: Path) -> tuple[float, dict[str, Any] | 
     kind = rope.pop("rope_type", None) or rope.pop("type", None) or "default"
     rope.pop("type", None)
     theta = float(rope.pop("rope_theta", None) or raw.get("rope_theta") or 10000.0)
+    if kind != "default" and "factor" not in rope:
+        raise GrowmoeError(f"{where}: rope_type '{kind}' needs a factor")
     if kind not in ROPE_TYPES:
         known = ", ".join(ROPE_TYPES)
         raise GrowmoeError(f"{where}: rope_type '{kind}' is not supported; known are {known}")
@@ -202,7 +231,7 @@ def _rope(raw: Mapping[str, Any], where: Path) -> tuple[float, dict[str, Any] | 
 
 def _sliding_window(kind: str, raw: Mapping[str, Any], where: Path) -> int | None:
     if kind in ("mistral", "mixtral"):
-        window = raw.get("sliding_window", 4096 if kind == "mistral" else None)
+        window = raw.get("sliding_window")
         return int(window) if window else None
     if raw.get("use_sliding_window"):
         raise GrowmoeError(f"{where}: use_sliding_window is not supported for {kind}")
@@ -210,16 +239,17 @@ def _sliding_window(kind: str, raw: Mapping[str, Any], where: Path) -> int | Non
 
 
 def _moe_from_hf(kind: str, raw: Mapping[str, Any]) -> MoEConfig | None:
+    if kind not in _EXPERTS:
+        return None
     layers = int(raw["num_hidden_layers"])
+    # two names for one key: which one a file has depends on who wrote it
+    count = int(raw.get("num_local_experts") or raw.get("num_experts") or _EXPERTS[kind])
     if kind == "mixtral":
         return MoEConfig(
-            experts=(int(raw["num_local_experts"]),) * layers,
+            experts=(count,) * layers,
             top_k=int(raw["num_experts_per_tok"]),
             ffn_size=int(raw["intermediate_size"]),
         )
-    if kind not in ("qwen2_moe", "qwen3_moe"):
-        return None
-    count = int(raw.get("num_experts", raw.get("num_local_experts", 0)))
     step = int(raw.get("decoder_sparse_step", 1))
     dense = set(raw.get("mlp_only_layers") or ())
     sparse = [layer not in dense and (layer + 1) % step == 0 for layer in range(layers)]
@@ -260,7 +290,8 @@ def config_to_hf(config: ModelConfig, dtype: str) -> dict[str, Any]:
         "rope_parameters": {**rope, "rope_theta": config.rope_theta},
         "tie_word_embeddings": config.tied_head,
         "use_cache": True,
-        **config.token_ids,
+        # null, not absent: some classes would fill in ids of their own
+        **{key: config.token_ids.get(key) for key in TOKEN_ID_KEYS},
     }
     if config.rope_scaling:
         raw["rope_scaling"] = dict(config.rope_scaling)

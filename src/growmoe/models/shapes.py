@@ -5,10 +5,13 @@ same ones, so a plan and the work cannot disagree.
 """
 
 import dataclasses
+from dataclasses import dataclass
+from typing import Literal
 
 from growmoe.errors import UsageError
 from growmoe.models.config import ModelConfig, MoEConfig
 
+Method = Literal["identity", "stack", "interpolate"]
 _MOE_FAMILY = {"llama": "mixtral", "mistral": "mixtral", "qwen2": "qwen2_moe", "qwen3": "qwen3_moe"}
 
 
@@ -109,12 +112,49 @@ def deepened_config(source: ModelConfig, layers: tuple[int, ...]) -> ModelConfig
     return source.replace(num_layers=len(layers), moe=moe)
 
 
-def check_depth(source: ModelConfig, layers: int) -> None:
-    """Raises UsageError when a model would lose layers."""
-    if layers < source.num_layers:
-        raise UsageError(
-            f"cannot grow: layers {layers} is smaller than the source's {source.num_layers}"
-        )
+@dataclass(frozen=True)
+class DepthMap:
+    """For every new layer the old layer it copies, and whether its branches start at zero."""
+
+    source: tuple[int, ...]
+    silent: frozenset[int] = frozenset()
+
+
+def depth_map(old: int, new: int, method: Method, guard: tuple[int, int] = (0, 0)) -> DepthMap:
+    """The map from `old` to `new` layers; `guard` keeps that many first and last layers single.
+
+    - identity: copies with silent branches, spread evenly (LLaMA-Pro);
+    - stack: layer l copies l mod L (StackBERT);
+    - interpolate: layer l copies floor(l L / L'), the formula of AquilaMoE's eq. (3) with the
+      printed fraction turned over (as printed it indexes past the source).
+    """
+    if new < old:
+        raise UsageError(f"cannot grow: layers {new} is smaller than the source's {old}")
+    first, last = guard
+    middle, grown = old - first - last, new - first - last
+    if min(first, last) < 0 or middle < 1:
+        raise UsageError(f"guard {first}+{last} leaves none of {old} layers to duplicate")
+    if method == "identity":
+        return _identity_map(old, new)
+    if method == "stack":
+        inner = [layer % middle for layer in range(grown)]
+    else:
+        inner = [layer * middle // grown for layer in range(grown)]
+    layers = [*range(first), *(first + layer for layer in inner), *range(old - last, old)]
+    return DepthMap(tuple(layers))
+
+
+def _identity_map(old: int, new: int) -> DepthMap:
+    extra = new - old
+    after = [(copy + 1) * old // extra - 1 for copy in range(extra)] if extra else []
+    layers: list[int] = []
+    silent = set()
+    for layer in range(old):
+        layers.append(layer)
+        for _ in range(sum(1 for place in after if max(place, 0) == layer)):
+            silent.add(len(layers))
+            layers.append(layer)
+    return DepthMap(tuple(layers), frozenset(silent))
 
 
 def check_vocab(source: ModelConfig, vocab: int) -> None:

@@ -9,7 +9,13 @@ from growmoe.files import read_json
 from growmoe.models.config import ModelConfig
 from growmoe.models.families import config_from_hf, pick_family
 from growmoe.models.presets import preset
-from growmoe.models.shapes import check_depth, check_vocab, upcycled_config, widened_config
+from growmoe.models.shapes import (
+    check_vocab,
+    deepened_config,
+    depth_map,
+    upcycled_config,
+    widened_config,
+)
 from growmoe.recipe import (
     GrowStage,
     InitModel,
@@ -47,6 +53,10 @@ def initial_config(init: InitModel, vocab_size: int) -> ModelConfig:
 
 def config_of(path: Path) -> ModelConfig:
     """The shape of the model in a directory, from its config.json alone."""
+    if path.suffix == ".gguf":
+        from growmoe.models.gguf import GGUFFile  # its tensors are torch's, so imported late
+
+        return GGUFFile(path).config
     file = path / "config.json" if path.is_dir() else path
     if not file.exists():
         raise UsageError(f"{path} holds no config.json, so it is not a model directory")
@@ -83,7 +93,7 @@ def plan_recipe(recipe: Recipe) -> list[dict[str, Any]]:
     for index, stage in enumerate(recipe.stages):
         entry: dict[str, Any] = {"stage": stage.stage, "name": stage.name}
         if isinstance(stage, PrepareStage):
-            vocabs[stage.name] = stage.tokenizer.vocab_size
+            vocabs[stage.name] = _vocab_of(stage)
         if isinstance(stage, TrainStage | GrowStage | UpcycleStage):
             try:
                 config = _config_after(stage, configs, vocabs)
@@ -110,18 +120,39 @@ def _config_after(
 ) -> ModelConfig | None:
     if isinstance(stage, TrainStage) and stage.model is None:
         if stage.preset is not None:
-            return preset(stage.preset)
+            return check_context(stage, preset(stage.preset))
         assert stage.init is not None
-        return initial_config(stage.init, vocabs.get(stage.data) or _corpus_vocab(stage.data))
+        vocab = vocabs.get(stage.data) or _corpus_vocab(stage.data)
+        return check_context(stage, initial_config(stage.init, vocab))
     assert stage.model is not None
     source = configs[stage.model] if stage.model in configs else config_of(Path(stage.model))
     if source is None:
         return None
     if isinstance(stage, TrainStage):
-        return source
+        return check_context(stage, source)
     if isinstance(stage, UpcycleStage):
         return upcycled_config(source, stage.experts, stage.top_k, stage.layers)
     return _grown(source, stage)
+
+
+def check_context(stage: TrainStage, config: ModelConfig) -> ModelConfig:
+    """Raises UsageError when the training sequences are longer than the model's context."""
+    if stage.sequence_length > config.max_positions:
+        raise UsageError(
+            f"sequence_length {stage.sequence_length} is longer than the model's context of "
+            f"{config.max_positions}"
+        )
+    return config
+
+
+def _vocab_of(stage: PrepareStage) -> int:
+    """Size of the tokenizer that a prepare stage trains or is given."""
+    given = stage.tokenizer.path
+    if given is None or not Path(given).exists():
+        return stage.tokenizer.vocab_size
+    from growmoe.data.tokenizer import load_tokenizer
+
+    return load_tokenizer(Path(given)).get_vocab_size()
 
 
 def _corpus_vocab(path: str) -> int:
@@ -141,7 +172,7 @@ def _grown(source: ModelConfig, stage: GrowStage) -> ModelConfig:
             ffn=stage.ffn,
             zero_pad=stage.units == "zero_pad",
         ),
-        lambda c: _deeper(c, stage.layers) if stage.layers else c,
+        lambda c: _deeper(c, stage, stage.layers) if stage.layers else c,
         lambda c: _larger_vocab(c, stage.vocab) if stage.vocab else c,
     ]
     config = source
@@ -155,10 +186,8 @@ def _grown(source: ModelConfig, stage: GrowStage) -> ModelConfig:
     return config
 
 
-def _deeper(config: ModelConfig, layers: int) -> ModelConfig:
-    check_depth(config, layers)
-    moe = None  # experts per layer follow the copied layers; growth works that out
-    return config.replace(num_layers=layers, moe=moe) if config.moe is None else config
+def _deeper(config: ModelConfig, stage: GrowStage, layers: int) -> ModelConfig:
+    return deepened_config(config, depth_map(config.num_layers, layers, stage.depth_method).source)
 
 
 def _larger_vocab(config: ModelConfig, vocab: int) -> ModelConfig:

@@ -22,7 +22,7 @@ def write_report(folder: Path) -> Path:
     if not (folder / "summary.json").exists():
         raise UsageError(f"{folder} holds no summary.json, so it is not a run directory")
     rows = read_json(folder / "summary.json")
-    results = [read_json(Path(row["output"]) / "stage.json")["result"] for row in rows]
+    results = [read_json(folder / row["name"] / "stage.json")["result"] for row in rows]
     curves = _curves(folder, results)
     loads = [result["expert_load"] for result in results if result.get("expert_load")]
     page = (
@@ -40,7 +40,7 @@ def write_report(folder: Path) -> Path:
             transitions=[r for r in results if r["stage"] in ("grow", "upcycle", "verify")],
             samples=[s for r in results for s in r.get("samples", [])],
             scores=_scores(results),
-            corpora=_corpora(results),
+            corpora=_corpora(folder, results),
             recipe=json.dumps(read_json(folder / "recipe.json"), indent=2, ensure_ascii=False)
             if (folder / "recipe.json").exists()
             else "",
@@ -125,9 +125,9 @@ def _scores(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return rows
 
 
-def _corpora(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def _corpora(folder: Path, results: list[dict[str, Any]]) -> list[dict[str, Any]]:
     rows = []
     for result in results:
         if result["stage"] == "prepare":
-            rows += read_json(Path(result["output"]) / "manifest.json")["sources"]
+            rows += read_json(folder / result["name"] / "manifest.json")["sources"]
     return rows

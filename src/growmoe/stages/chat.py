@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from growmoe.artifacts import lineage_of, load_for_text
-from growmoe.errors import UsageError
+from growmoe.errors import GrowmoeError, UsageError
 from growmoe.files import read_json
 from growmoe.inference.generate import Sampling, stream_text
 
@@ -96,14 +96,23 @@ def _renderer(path: Path, kind: str) -> Render | None:
     )  # from scratch: never saw a dialogue
     if template is None or (kind == "auto" and untaught):
         return None
+    from jinja2 import TemplateError
     from transformers import PreTrainedTokenizerFast
 
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_file=str(path / "tokenizer.json"), chat_template=template
-    )  # fmt: skip
-    return lambda messages: str(
-        tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    )
+    # from_pretrained, because templates use the special tokens of tokenizer_config.json
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(path)
+
+    def render(messages: list[dict[str, str]]) -> str:
+        try:
+            return str(
+                tokenizer.apply_chat_template(
+                    messages, chat_template=template, tokenize=False, add_generation_prompt=True
+                )
+            )
+        except TemplateError as error:
+            raise GrowmoeError(f"the chat template of {path} fails: {error}") from None
+
+    return render
 
 
 def _template(path: Path) -> str | None:

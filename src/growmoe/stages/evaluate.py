@@ -4,8 +4,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from growmoe.artifacts import check_sequences, sizes
-from growmoe.data.corpus import Corpus
+from growmoe.artifacts import check_sequences, fitting_corpus, sizes
 from growmoe.data.tokenizer import load_tokenizer
 from growmoe.errors import UsageError
 from growmoe.evaluation.tasks import score
@@ -24,7 +23,7 @@ def run(spec: EvaluateStage, staged: Path | None, work: Path | None) -> dict[str
     model = load_model(path)
     result: dict[str, Any] = {**sizes(model.config), "tokens": 0, "flops": 0}
     if spec.data is not None:
-        windows = Corpus(Path(spec.data)).validation_windows()
+        windows = fitting_corpus(path, model.config, spec.data).validation_windows()
         losses = domain_losses(model, windows)
         result["validation"] = losses
         result["loss_after"] = mean_loss(losses)
@@ -43,7 +42,14 @@ def run(spec: EvaluateStage, staged: Path | None, work: Path | None) -> dict[str
     if spec.tasks:
         tokenizer = load_tokenizer(path)
         result["tasks"] = {
-            Path(task).name.split(".")[0]: score(model, tokenizer, Path(task), spec.limit)
+            _task_name(task, spec.tasks): score(model, tokenizer, Path(task), spec.limit)
             for task in spec.tasks
         }
     return result
+
+
+def _task_name(task: str, tasks: list[str]) -> str:
+    """The file's stem; the whole path where two files share one."""
+    stems = [Path(other).name.split(".")[0] for other in tasks]
+    stem = Path(task).name.split(".")[0]
+    return stem if stems.count(stem) == 1 else task

@@ -4,15 +4,14 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from growmoe.artifacts import history, lineage_of, sizes
+from growmoe.artifacts import fitting_corpus, history, lineage_of, sizes
 from growmoe.data.corpus import Corpus
-from growmoe.data.tokenizer import load_tokenizer, same_tokenizer
 from growmoe.errors import UsageError
 from growmoe.models.checkpoint import copy_tokenizer, load_model, save_model, write_lineage
 from growmoe.models.config import ModelConfig
 from growmoe.models.presets import preset
 from growmoe.models.transformer import Transformer
-from growmoe.planning.recipes import initial_config
+from growmoe.planning.recipes import check_context, initial_config
 from growmoe.recipe import TrainStage
 from growmoe.training.trainer import Trainer
 from growmoe.training.validation import mean_loss
@@ -22,10 +21,12 @@ def run(spec: TrainStage, staged: Path, work: Path) -> dict[str, Any]:
     """Train, then write the model; metrics and checkpoints stay in `work`."""
     corpus = Corpus(Path(spec.data))
     model = _model(spec, corpus)
+    check_context(spec, model.config)
     trainer = Trainer(model, corpus, spec, work)
     outcome = trainer.train()
     save_model(staged, model, "float32")
-    tokenizer_home = Path(spec.model) if spec.model else corpus.path
+    own = Path(spec.model) if spec.model else corpus.path
+    tokenizer_home = own if (own / "tokenizer.json").exists() else corpus.path
     copy_tokenizer(tokenizer_home, staged)
     parent = lineage_of(Path(spec.model)) if spec.model else {}
     flops = 3 * outcome.tokens * model.config.flops_per_token(spec.sequence_length)
@@ -33,6 +34,7 @@ def run(spec: TrainStage, staged: Path, work: Path) -> dict[str, Any]:
     write_lineage(
         staged,
         {
+            "name": spec.name,
             "operation": "train",
             "parent": source,
             "options": spec.model_dump(mode="json", exclude_none=True),
@@ -41,7 +43,7 @@ def run(spec: TrainStage, staged: Path, work: Path) -> dict[str, Any]:
             "arithmetic": trainer.dtype,
             "tokens_total": parent.get("tokens_total", 0) + outcome.tokens,
             "flops_total": parent.get("flops_total", 0) + flops,
-            "history": history(parent, "train", source),
+            "history": history(parent, "train", source, exact=False),
         },
     )
     return {
@@ -75,18 +77,7 @@ def _model(spec: TrainStage, corpus: Corpus) -> Transformer:
             f"{path}: training starts from a model directory; grow or upcycle it first"
         )
     model = load_model(path)
-    if corpus.vocab_size > model.config.vocab_size:
-        raise UsageError(
-            f"{corpus.path} was tokenised with {corpus.vocab_size} tokens, but {path} has only "
-            f"{model.config.vocab_size}"
-        )
-    if (path / "tokenizer.json").exists() and not same_tokenizer(
-        load_tokenizer(path), load_tokenizer(corpus.path)
-    ):
-        raise UsageError(
-            f"{corpus.path} was tokenised with another tokenizer than that of {path}; prepare it "
-            f"with tokenizer.path={path}"
-        )
+    fitting_corpus(path, model.config, spec.data)
     return model
 
 

@@ -5,8 +5,8 @@ from typing import Any
 
 from growmoe.artifacts import (
     check_sequences,
+    declared_exact,
     free_memory,
-    lineage_of,
     note,
     report_check,
     sizes,
@@ -23,7 +23,7 @@ def run(spec: VerifyStage, staged: Path | None, work: Path | None) -> dict[str, 
         Path(spec.a), a.config, spec.text, spec.data, spec.seed, spec.tokens
     )
     check = compare(a, b, sequences, memory_bytes=free_memory(), note=note)
-    declared = lineage_of(Path(spec.b)).get("declared_exact", True)
+    declared = declared_exact(Path(spec.a), Path(spec.b))
     report_check(check, declared)
     return {
         **sizes(b.config),

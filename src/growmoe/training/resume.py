@@ -86,7 +86,6 @@ def load_checkpoint(
         torch.set_rng_state(state["/rng"])
     except (SafetensorError, OSError, KeyError, TypeError, ValueError, RuntimeError) as error:
         raise GrowmoeError(
-            f"{path} is damaged or of another model ({error}); remove it to start from the one "
-            "before, or remove the run directory to start over"
+            f"{path} is damaged or of another model ({error}); remove it to start over"
         ) from None
     return position

@@ -15,13 +15,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
 from growmoe.data.corpus import Corpus
 from growmoe.data.loader import Loader
 from growmoe.errors import GrowmoeError
 from growmoe.files import write_text
 from growmoe.models.transformer import Transformer
-from growmoe.progress import Progress, human_count
+from growmoe.progress import Progress
 from growmoe.recipe import TrainStage
 from growmoe.training.losses import Losses, LossWeights, language_model_loss
 from growmoe.training.optimizer import learning_rate, make_optimizer
@@ -48,9 +49,7 @@ class Outcome:
 
 
 def native_bfloat16() -> bool:
-    """Whether this processor multiplies bfloat16 in hardware."""
-    if torch.cuda.is_available():
-        return torch.cuda.is_bf16_supported()
+    """Whether this processor, on which the loop runs, multiplies bfloat16 in hardware."""
     return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
 
 
@@ -66,7 +65,7 @@ class Trainer:
         wants = spec.dtype == "bfloat16" or (spec.dtype == "auto" and native_bfloat16())
         self.autocast = torch.autocast("cpu", torch.bfloat16, enabled=wants)
         self.dtype = "bfloat16" if wants else "float32"
-        self.fingerprint = _fingerprint(spec, corpus)
+        self.fingerprint = _fingerprint(spec, corpus, model, self.dtype)
         self.metrics_path = run / "metrics.jsonl"
         self._stop = False
 
@@ -80,7 +79,10 @@ class Trainer:
         position = self._resume()
         if position.step == 0:
             self._log(self._validation(position), truncate=True)
-        before = self._records()[0]["validation"]
+        records = self._records()
+        if not records or records[0]["step"] != 0:
+            raise GrowmoeError(f"{self.metrics_path} has lost its beginning; remove {self.run_dir}")
+        before = records[0]["validation"]
         progress = Progress(spec.name, spec.steps * spec.tokens_per_step, "tokens")
         progress.update(position.tokens)
         started = time.monotonic() - position.seconds
@@ -170,7 +172,7 @@ class Trainer:
         folder = self.run_dir / "checkpoints"
         try:
             save_checkpoint(folder, self.model, self.optimizer, position)
-        except (OSError, RuntimeError) as error:  # safetensors raises its own on a full disk
+        except (OSError, SafetensorError) as error:
             raise GrowmoeError(
                 f"cannot write a checkpoint in {folder}: {error}; the one before is untouched"
             ) from None
@@ -210,12 +212,16 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in lines[:-1] if line]
 
 
-def _fingerprint(spec: TrainStage, corpus: Corpus) -> str:
+def _fingerprint(spec: TrainStage, corpus: Corpus, model: Transformer, dtype: str) -> str:
     """Equal for runs whose steps are the same: start, all options, and the corpus's content."""
-    ignored = {"name", "data", "checkpoint_every"}
+    ignored = {"name", "data", "dtype", "checkpoint_every"}
     options = spec.model_dump(mode="json", exclude=ignored)
-    text = json.dumps([options, corpus.manifest.get("hash")], sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()
+    text = json.dumps([options, dtype, corpus.manifest.get("hash")], sort_keys=True)
+    digest = hashlib.sha256(text.encode())
+    for name, parameter in model.named_parameters():  # a sample of the weights it starts from
+        flat = parameter.detach().reshape(-1)
+        digest.update(name.encode() + flat[:: flat.numel() // 4096 + 1].numpy().tobytes())
+    return digest.hexdigest()
 
 
 def _note(record: dict[str, Any]) -> str:
@@ -225,11 +231,3 @@ def _note(record: dict[str, Any]) -> str:
     if "validation" in record:
         note += f"  validation {mean_loss(record['validation']):.4f}"
     return note
-
-
-def describe(model: Transformer) -> str:
-    """'12.3M parameters, 4.5M active'."""
-    config = model.config
-    total, active = config.params_total(), config.params_active()
-    text = f"{human_count(total)} parameters"
-    return text if total == active else f"{text}, {human_count(active)} active"
