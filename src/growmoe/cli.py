@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import shutil
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -116,8 +117,16 @@ def run(
         _print_stages(result["stages"])
         print(f"\nreport: {result['report']}")
         if result["model"]:
-            print(f"talk to it: growmoe chat {result['model']}\n")
+            print(f"talk to it: {_program()} chat {result['model']}\n")
     print(json.dumps(result, ensure_ascii=False), flush=True)
+
+
+def _program() -> str:
+    """How the user can call this program again from here."""
+    own = Path(sys.argv[0])
+    if own.name != "growmoe" or shutil.which("growmoe") == str(own):
+        return "growmoe"
+    return os.path.relpath(own)
 
 
 def _print_stages(stages: list[dict[str, Any]]) -> None:
