@@ -495,3 +495,12 @@ def test_a_lossy_step_is_remembered_through_exact_ones(dense: Path, tmp_path: Pa
     assert (done.code, done.json["exact"], done.json["declared_exact"]) == (0, False, False)
     assert growmoe("verify", lossy, moe).json["exact"] is True
     assert "# upcycle\n" in (moe / "README.md").read_text()
+
+
+def test_a_model_without_a_tokenizer_is_checked_on_random_tokens(tmp_path: Path) -> None:
+    model = write_tiny(tmp_path / "m")
+    (model / "generation_config.json").write_text('{"eos_token_id": 3}')  # save_pretrained's
+    done = growmoe("upcycle", model, tmp_path / "out", "--experts", 2)
+    assert done.code == 0, done.err
+    assert "random tokens" in done.json["check"]["text"]
+    assert (tmp_path / "out" / "generation_config.json").exists()

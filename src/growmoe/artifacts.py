@@ -16,7 +16,6 @@ from growmoe.errors import GrowmoeError, UsageError
 from growmoe.files import read_json
 from growmoe.growth.verify import Comparison, compare
 from growmoe.models.checkpoint import (
-    TOKENIZER_FILES,
     Directory,
     Source,
     build_model,
@@ -81,7 +80,7 @@ def check_sequences(
         share = tokens // len(streams)
         ids = [t for s in streams for t in s.read(0, min(share, len(s))).tolist()]
         origin = f"validation split of {data}"
-    elif not any((model / name).exists() for name in TOKENIZER_FILES) and model.is_dir():
+    elif model.is_dir() and not (model / "tokenizer.json").exists():
         if text is not None:
             raise UsageError(f"{model} holds no tokenizer.json, so {text} cannot be tokenised")
         rng = torch.Generator().manual_seed(seed)
