@@ -9,7 +9,7 @@ import pytest
 
 PACKAGE = Path(__file__).resolve().parent.parent / "src" / "growmoe"
 LEAVES = {"errors", "files", "progress", "__init__"}
-TORCH_FREE_MODELS = {"config", "families", "presets", "shapes"}
+TORCH_FREE_MODELS = {"config", "families", "growing", "presets", "shapes", "upcycling"}
 # read only when a recipe starts from a GGUF file or is given a tokenizer
 LATE = {"growmoe.models.gguf", "growmoe.data.tokenizer"}
 # what each part may import (besides itself and the leaves)
@@ -30,8 +30,13 @@ ALLOWED = {
     "evaluation": {"recipe", "models", "data", "training", "inference"},
     "report": {"recipe", "data", "training"},
     "artifacts": {"recipe", "models", "growth", "data", "training", "inference", "evaluation"},
+    "tokenizer_check": {"models", "data"},
+    "publishing": {
+        "artifacts", "tokenizer_check", "recipe", "models", "growth", "data", "training",
+    },
     "stages": {
-        "artifacts", "recipe", "recipe_yaml", "ops", "models", "growth", "planning", "data",
+        "artifacts", "publishing", "tokenizer_check", "recipe", "recipe_yaml",
+        "ops", "models", "growth", "planning", "data",
         "training", "inference", "evaluation", "report",
     },
     "pipeline": {"planning", "recipe", "report", "stages"},

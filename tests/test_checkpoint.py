@@ -80,7 +80,7 @@ def test_parity_with_transformers_both_ways(kind: str, tmp_path: Path) -> None:
 
     source = Directory(tmp_path / "a")
     (tmp_path / "b").mkdir()
-    write_model(tmp_path / "b", source.config, source.load, "float32", shard_bytes=20000)
+    write_model(tmp_path / "b", source.config, source.load, "float32", shard_limit=20000)
     assert (tmp_path / "b" / "model.safetensors.index.json").exists()
     again, info = transformers.AutoModelForCausalLM.from_pretrained(
         tmp_path / "b", output_loading_info=True

@@ -21,6 +21,7 @@ from growmoe.growth.width import Widened, Widening
 from growmoe.models.checkpoint import Source, build_model
 from growmoe.models.config import MoEConfig, tensor_shapes
 from growmoe.models.shapes import depth_map, head_maps
+from growmoe.models.upcycling import Upcycling, why_lossy
 from growmoe.recipe import GrowStage
 
 GPT = {
@@ -93,7 +94,7 @@ def test_layer_norm_models_grow_by_whole_multiples(tied: bool) -> None:
 def test_everything_composes() -> None:
     a = source(**SOURCES["qwen2"])
     wide = Widened(GrownVocab(a, 128), Widening(hidden=50, heads=15, head_dim=8, ffn=61))
-    grown = Upcycled(Deepened(wide, depth_map(3, 5, "identity")), experts=4)
+    grown = Upcycled(Deepened(wide, depth_map(3, 5, "identity")), Upcycling(experts=4))
     result = check(a, grown)
     assert result.exact
     assert grown.config.params_total() == sum(
@@ -160,8 +161,11 @@ def test_heads_appended_at_the_end_fail_verification() -> None:
 @pytest.mark.parametrize("top_k", [1, 2])
 def test_top_k_not_renormalised_fails_verification(top_k: int) -> None:
     a = source()
-    assert check(a, Upcycled(a, experts=4, top_k=top_k)).exact
-    assert not check(a, Upcycled(a, experts=4, top_k=top_k, renormalize=False)).exact
+    up = Upcycling(experts=4, top_k=top_k)
+    assert check(a, Upcycled(a, up)).exact
+    raw = Upcycled(a, dataclasses.replace(up, combine="softmax"))
+    assert not check(a, raw).exact
+    assert why_lossy(raw.up, (4, 4, 4)) is not None
 
 
 def test_wrong_query_scale_fails_verification() -> None:
@@ -346,8 +350,8 @@ def test_compose_declares_what_is_exact() -> None:
 
     def declared(**options) -> tuple[bool, bool]:
         spec = GrowStage(stage="grow", model="x", **options)
-        grown, exact = grow(a, spec)
-        return exact, check(a, grown).exact
+        grown, plan = grow(a, spec)
+        return not plan.lossy, check(a, grown).exact
 
     assert declared(hidden=48, layers=5, ffn=60) == (True, True)
     assert declared(hidden=72, method="fpi") == (True, True)
@@ -360,16 +364,16 @@ def test_compose_declares_what_is_exact() -> None:
 def test_upcycled_layers_and_experts() -> None:
     a = source()
     for layers, counts in (("all", (4, 4, 4)), ("second", (0, 4, 0)), ("0,2", (4, 0, 4))):
-        grown = Upcycled(a, experts=4, layers=layers)
+        grown = Upcycled(a, Upcycling(experts=4, layers=layers))
         assert grown.config.moe is not None
         assert grown.config.moe.experts == counts
         assert check(a, grown).exact
     with pytest.raises(UsageError, match="layer 3 is not one"):
-        Upcycled(a, layers="3")
+        Upcycled(a, Upcycling(layers="3"))
     with pytest.raises(UsageError, match="already"):
-        Upcycled(grown)
+        Upcycled(grown, Upcycling())
     with pytest.raises(UsageError, match="fewer than top-k"):
-        Upcycled(a, experts=2, top_k=3)
+        Upcycled(a, Upcycling(experts=2, top_k=3))
 
 
 def test_half_precision_storage_is_judged_by_its_own_floor(tmp_path) -> None:

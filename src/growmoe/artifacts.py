@@ -12,23 +12,13 @@ from torch import Tensor
 from growmoe.data.corpus import Corpus
 from growmoe.data.prepare import first_documents
 from growmoe.data.tokenizer import load_tokenizer, same_tokenizer
-from growmoe.errors import GrowmoeError, UsageError
+from growmoe.errors import UsageError
 from growmoe.files import read_json
-from growmoe.growth.verify import Comparison, compare
-from growmoe.models.checkpoint import (
-    Directory,
-    Source,
-    build_model,
-    copy_tokenizer,
-    disk_free,
-    load_model,
-    write_lineage,
-    write_model,
-)
-from growmoe.models.config import ModelConfig, tensor_shapes
+from growmoe.growth.verify import Comparison
+from growmoe.models.checkpoint import Directory, Source, build_model, load_model
+from growmoe.models.config import ModelConfig
 from growmoe.models.transformer import Transformer
-from growmoe.progress import Progress
-from growmoe.training.validation import domain_losses, mean_loss
+from growmoe.training.validation import domain_losses
 
 CHECK_TOKENS = 1024
 LONG_SEQUENCE = 640
@@ -147,72 +137,6 @@ def corpus_loss(source: Source, corpus: Corpus) -> dict[str, float]:
     return domain_losses(build_model(source), corpus.validation_windows())
 
 
-def publish_derived(
-    staged: Path, source_path: Path, source: Source, derived: Source, *, dtype: str | None,
-    exact: bool, operation: str, spec: Any,
-) -> dict[str, Any]:  # fmt: skip
-    """Write `derived`, check it against `source` after reading it back, and note its lineage.
-
-    Raises GrowmoeError when it is declared exact and is not: then nothing is published.
-    """
-    dtype = dtype or source.dtype
-    sequences, origin = check_sequences(
-        source_path, source.config, spec.text, spec.data, spec.seed
-    )  # fmt: skip
-    _check_disk(staged, derived.config, dtype)
-    total = len(tensor_shapes(derived.config))
-    progress = Progress(operation, total, "tensors")
-    write_model(staged, derived.config, derived.load, dtype, on_tensor=progress.update)
-    progress.finish(f"{derived.config.bytes(dtype) / 2**20:.0f} MiB written")
-    if source_path.suffix == ".gguf":
-        from growmoe.models.gguf import export_tokenizer
-
-        export_tokenizer(source_path, staged)
-    else:
-        copy_tokenizer(source_path, staged)
-    written = Directory(staged)
-    check = compare(source, written, sequences, memory_bytes=free_memory(), note=note)
-    report_check(check, exact)
-    if exact and not check.exact:
-        raise GrowmoeError(
-            f"{operation} was declared exact, but the largest logit difference "
-            f"{check.max_abs_logit_diff:.3g} is above the tolerance {check.tolerance:.3g} "
-            f"({check.noise_floor:.3g} noise floor); nothing was published"
-        )
-    before, after = check.ce_a, check.ce_b
-    losses: dict[str, Any] = {}
-    if spec.data is not None:
-        corpus = fitting_corpus(source_path, source.config, spec.data)
-        by_domain = corpus_loss(source, corpus), corpus_loss(written, corpus)
-        before, after = (mean_loss(losses) for losses in by_domain)
-        losses = {"validation_before": by_domain[0], "validation_after": by_domain[1]}
-    parent = lineage_of(source_path)
-    result = {
-        **sizes(derived.config),
-        "tokens": 0,
-        "flops": 0,
-        "loss_before": before,
-        "loss_after": after,
-        "exact": check.exact,
-        "declared_exact": exact,
-        **losses,
-        "check": {**check.as_dict(), "text": origin},
-    }
-    lineage = {
-        "name": spec.name,
-        "operation": operation,
-        "parent": str(source_path),
-        "options": spec.model_dump(mode="json", exclude_none=True),
-        "declared_exact": exact,
-        "checks": result["check"],
-        "tokens_total": parent.get("tokens_total", 0),
-        "flops_total": parent.get("flops_total", 0),
-        "history": history(parent, operation, source_path, exact),
-    }
-    write_lineage(staged, lineage)
-    return result
-
-
 def history(
     parent: dict[str, Any], operation: str, source: Path | str, exact: bool
 ) -> list[dict[str, Any]]:
@@ -260,12 +184,3 @@ def report_check(check: Comparison, declared: bool) -> None:
         f"noise floor {check.noise_floor:.3g}, loss {check.ce_a:.4f} -> {check.ce_b:.4f}",
         file=sys.stderr,
     )
-
-
-def _check_disk(staged: Path, config: ModelConfig, dtype: str) -> None:
-    wanted, free = config.bytes(dtype), disk_free(staged)
-    if wanted > free:
-        raise GrowmoeError(
-            f"the model takes {wanted / 2**20:.0f} MiB, but only {free / 2**20:.0f} MiB are free "
-            f"on the disk of {staged.parent}"
-        )

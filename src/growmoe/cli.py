@@ -32,6 +32,11 @@ Set = Annotated[
 ]
 Text = Annotated[str | None, typer.Option(help="Text file to check on.")]
 Data = Annotated[str | None, typer.Option(help="Corpus whose validation split to check on.")]
+DryRun = Annotated[
+    bool, typer.Option("--dry-run", help="Show what would be made, and read no weights.")
+]
+Verify = Annotated[bool, typer.Option(help="Check the result against the source on real text.")]
+ShardGb = Annotated[float | None, typer.Option(help="Largest file in GiB.")]
 Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; default as source.")]
 Seed = Annotated[int, typer.Option(help="Seed of everything random.")]
 
@@ -80,13 +85,37 @@ def _stage(kind: str, options: dict[str, Any], overrides: list[str] | None) -> A
     return stage_from_options(kind, options, overrides or [])
 
 
-def _execute(spec: Any, out: Path, as_json: bool) -> None:
+def _own_options(given: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of a verb that are fields of its stage."""
+    plumbing = ("src", "out", "set_", "json_only", "dry_run")
+    return {key: value for key, value in given.items() if key not in plumbing}
+
+
+def _execute(spec: Any, out: Path, as_json: bool, dry: bool = False) -> None:
+    if dry:
+        _dry_run(spec, out, as_json)
+        return
     from growmoe.pipeline import execute
 
     if out.exists():
         raise UsageError(f"{out} already exists; choose another output directory or remove it")
     _threads()
     _finish(execute(spec, out), as_json)
+
+
+def _dry_run(spec: Any, out: Path | None, as_json: bool) -> None:
+    from growmoe.planning.dry_run import dry_run
+
+    _show_plan(dry_run(spec, out), as_json)
+
+
+def _show_plan(result: dict[str, Any], as_json: bool) -> None:
+    """A plan as people read it, then the JSON line."""
+    if not as_json:
+        from growmoe.planning.table import plan_lines
+
+        print("\n".join(plan_lines(result)))
+    print(json.dumps(result, ensure_ascii=False), flush=True)
 
 
 def _existing(path: str) -> str:
@@ -102,8 +131,12 @@ def run(
         list[str] | None, typer.Argument(metavar="[KEY.PATH=VALUE]...", help="Changed fields.")
     ] = None,
     json_only: Json = False,
+    dry_run: DryRun = False,
 ) -> None:
     """Run a recipe; finished stages are skipped, an interrupted one continues."""
+    if dry_run:
+        plan(recipe, overrides, json_only=json_only)
+        return
     from growmoe.pipeline import run_recipe
     from growmoe.recipe_yaml import load_recipe
 
@@ -155,6 +188,7 @@ def prepare(
     tokenizer: Annotated[str | None, typer.Option(help="A tokenizer to use instead.")] = None,
     set_: Set = None,
     json_only: Json = False,
+    dry_run: DryRun = False,
 ) -> None:
     """Raw text (jsonl, txt, md, parquet) to a tokenised corpus."""
     sources = []
@@ -168,7 +202,7 @@ def prepare(
         "sources": sources,
         "tokenizer": {key: value for key, value in chosen.items() if value is not None},
     }
-    _execute(_stage("prepare", options, set_), out, json_only)
+    _execute(_stage("prepare", options, set_), out, json_only, dry_run)
 
 
 @app.command()
@@ -182,6 +216,7 @@ def train(
     seed: Seed = 0,
     set_: Set = None,
     json_only: Json = False,
+    dry_run: DryRun = False,
 ) -> None:
     """Train a new model (--preset, or --set init.hidden_size=...) or an existing one (--model)."""
     options = {"data": _existing(data), "tokens": tokens, "preset": preset, "seed": seed}
@@ -189,7 +224,7 @@ def train(
         options["model"] = _existing(model)
     if lr is not None:
         options["optimizer"] = {"lr": lr}
-    _execute(_stage("train", options, set_), out, json_only)
+    _execute(_stage("train", options, set_), out, json_only, dry_run)
 
 
 @app.command()
@@ -200,51 +235,89 @@ def grow(
     layers: Annotated[int | None, typer.Option()] = None,
     heads: Annotated[int | None, typer.Option(help="Query heads; default follows hidden.")] = None,
     kv_heads: Annotated[int | None, typer.Option(help="Key/value heads.")] = None,
+    merge_kv: Annotated[
+        str | None, typer.Option(help="mean: average kv heads where there are to be fewer (lossy).")
+    ] = None,
     ffn: Annotated[int | None, typer.Option(help="Feed-forward width.")] = None,
     head_dim: Annotated[int | None, typer.Option(help="A multiple of the source's.")] = None,
     vocab: Annotated[int | None, typer.Option()] = None,
+    vocab_init: Annotated[
+        str | None, typer.Option(help="mean, mean_cov, zeros or from_tokens.")
+    ] = None,
+    vocab_tokenizer: Annotated[
+        str | None, typer.Option(help="A larger tokenizer that keeps the old ids.")
+    ] = None,
     method: Annotated[str, typer.Option(help="exact, fpi, aki or aki-pro.")] = "exact",
     depth: Annotated[
-        str | None, typer.Option(help="identity, stack or interpolate; default by method.")
+        str | None,
+        typer.Option(help="identity, stack, interpolate, dus, or the layers to copy as 0,0,1,2."),
+    ] = None,
+    guard: Annotated[
+        str | None, typer.Option(help="First and last layers to leave single, as 3,3.")
+    ] = None,
+    branch_scale: Annotated[
+        str | None, typer.Option(help="count: divide the branches of a layer by its copies.")
     ] = None,
     units: Annotated[str | None, typer.Option(help="duplicate or zero_pad.")] = None,
     split: Annotated[str | None, typer.Option(help="random or even shares of copies.")] = None,
+    noise_db: Annotated[float | None, typer.Option(help="Signal-to-noise ratio.")] = None,
+    noise: Annotated[str | None, typer.Option(help="copies (exact) or everywhere (lossy).")] = None,
+    pretrained_tokens: Annotated[
+        int | None, typer.Option(help="What the source was trained on, for warnings.")
+    ] = None,
     seed: Seed = 0,
     text: Text = None,
     data: Data = None,
     dtype: Dtype = None,
+    shard_gb: ShardGb = None,
+    verify: Verify = True,
     json_only: Json = False,
+    dry_run: DryRun = False,
 ) -> None:
     """Scale-up: a larger dense model, verified against the small one before it is published."""
-    options = {
-        "model": _existing(src), "hidden": hidden, "layers": layers, "heads": heads,
-        "kv_heads": kv_heads, "ffn": ffn, "head_dim": head_dim, "vocab": vocab, "method": method,
-        "depth": depth, "units": units, "split": split, "seed": seed, "text": text, "data": data,
-        "dtype": dtype,
-    }  # fmt: skip
-    _execute(_stage("grow", options, None), out, json_only)
+    options = {**_own_options(locals()), "model": _existing(src)}
+    _execute(_stage("grow", options, None), out, json_only, dry_run)
 
 
 @app.command()
 def upcycle(
     src: Annotated[str, typer.Argument(help="Dense model directory or .gguf file.")],
     out: Annotated[Path, typer.Argument(help="The model directory to make.")],
-    experts: Annotated[int, typer.Option()] = 8,
+    experts: Annotated[str, typer.Option(help="A number, or one per layer as 0,4,8,8.")] = "8",
     top_k: Annotated[int, typer.Option(help="Experts per token.")] = 2,
-    router_std: Annotated[float, typer.Option(help="Deviation of the new router.")] = 0.02,
+    combine: Annotated[str, typer.Option(help="renorm, softmax or sigmoid.")] = "renorm",
+    router: Annotated[
+        str | None, typer.Option(help="normal, zero or virtual_group; default by granularity.")
+    ] = None,
+    router_std: Annotated[float | None, typer.Option(help="Deviation of the new router.")] = None,
     layers: Annotated[str, typer.Option(help="all, second, or a list like 3,5,7.")] = "all",
+    expert_init: Annotated[str, typer.Option(help="copy, noise, drop or permute.")] = "copy",
+    noise: Annotated[
+        float | None, typer.Option(help="expert-init noise: relative to each matrix.")
+    ] = None,
+    drop: Annotated[
+        float | None, typer.Option(help="expert-init drop: part of the units drawn anew.")
+    ] = None,
+    granularity: Annotated[int, typer.Option(help="Slices per copy of the feed-forward.")] = 1,
+    residual: Annotated[
+        str, typer.Option(help="Fixed branch: none, sum, softmax2 or sigmoid_gate.")
+    ] = "none",
+    shared: Annotated[str | None, typer.Option(help="dense_plus_null or half_half.")] = None,
+    pretrained_tokens: Annotated[
+        int | None, typer.Option(help="What the source was trained on, for warnings.")
+    ] = None,
     seed: Seed = 0,
     text: Text = None,
     data: Data = None,
     dtype: Dtype = None,
+    shard_gb: ShardGb = None,
+    verify: Verify = True,
     json_only: Json = False,
+    dry_run: DryRun = False,
 ) -> None:
-    """Scale-out: every expert a copy of the dense feed-forward; the same function at first."""
-    options = {
-        "model": _existing(src), "experts": experts, "top_k": top_k, "router_std": router_std,
-        "layers": layers, "seed": seed, "text": text, "data": data, "dtype": dtype,
-    }  # fmt: skip
-    _execute(_stage("upcycle", options, None), out, json_only)
+    """Scale-out: experts made of the dense feed-forward; the same function at first."""
+    options = {**_own_options(locals()), "model": _existing(src)}
+    _execute(_stage("upcycle", options, None), out, json_only, dry_run)
 
 
 @app.command()
@@ -256,12 +329,16 @@ def verify(
     tokens: Annotated[int, typer.Option(help="Tokens to compare on.")] = 1024,
     seed: Seed = 0,
     json_only: Json = False,
+    dry_run: DryRun = False,
 ) -> None:
     """Is model B the same function as A? Exit code 1 if not, unless B is declared lossy."""
     from growmoe.pipeline import measure
 
     options = {"a": _existing(a), "b": _existing(b), "text": text, "data": data, "seed": seed}
     spec = _stage("verify", {**options, "tokens": tokens}, None)
+    if dry_run:
+        _dry_run(spec, None, json_only)
+        return
     _threads()
     result = measure(spec)
     failed = result.pop("failed")
@@ -278,6 +355,7 @@ def evaluate(
     task: Annotated[list[str] | None, typer.Option(help="Task file, repeatable.")] = None,
     limit: Annotated[int | None, typer.Option(help="Rows per task file.")] = None,
     json_only: Json = False,
+    dry_run: DryRun = False,
 ) -> None:
     """Loss per domain, and scores on local task files."""
     from growmoe.pipeline import measure
@@ -286,6 +364,9 @@ def evaluate(
         "model": _existing(model), "data": data, "text": text, "tasks": task, "limit": limit
     }  # fmt: skip
     spec = _stage("evaluate", options, None)
+    if dry_run:
+        _dry_run(spec, None, json_only)
+        return
     _threads()
     _finish(measure(spec), json_only)
 
@@ -299,6 +380,7 @@ def generate(
     top_p: Annotated[float, typer.Option()] = 0.95,
     seed: Seed = 0,
     json_only: Json = False,
+    dry_run: DryRun = False,
 ) -> None:
     """Continue a prompt, streaming."""
     options = {
@@ -306,6 +388,9 @@ def generate(
         "temperature": temperature, "top_p": top_p, "seed": seed,
     }  # fmt: skip
     spec = _stage("generate", options, None)
+    if dry_run:
+        _dry_run(spec, None, json_only)
+        return
     _threads()
     from growmoe.stages.generate import run as generate_stage
 
@@ -331,13 +416,17 @@ def chat(
     top_p: Annotated[float, typer.Option()] = 0.95,
     seed: Seed = 0,
     json_only: Json = False,
+    dry_run: DryRun = False,
 ) -> None:
     """Talk to a model; one line from standard input is one turn."""
     if format not in ("auto", "template", "plain"):
         raise UsageError(f"format '{format}' is not auto, template or plain")
     checked = {"model": _existing(model), "prompts": ["-"], "max_tokens": max_tokens}
     checked |= {"temperature": temperature, "top_p": top_p, "seed": seed}
-    _stage("generate", checked, None)
+    spec = _stage("generate", checked, None)
+    if dry_run:
+        _dry_run(spec, None, json_only)
+        return
     _threads()
     from growmoe.stages.chat import ChatOptions
     from growmoe.stages.chat import run as chat_stage
@@ -376,23 +465,10 @@ def plan(
     if sum(given is not None for given in (recipe, preset, config)) != 1:
         raise UsageError("give exactly one of a recipe, --preset and --config")
     result = plan_stage(recipe, overrides or [], preset, config, context)
-    if "stages" in result and not json_only:
-        _print_plan(result["stages"])
-        print(json.dumps(result, ensure_ascii=False))
+    if "stages" in result:
+        _show_plan(result, json_only)
     else:
         _finish(result, json_only)
-
-
-def _print_plan(stages: list[dict[str, Any]]) -> None:
-    from growmoe.progress import human_count
-
-    print(
-        f"{'stage':<10}{'name':<14}{'family':<11}{'params':>9}{'active':>9}{'tokens':>9}{'FLOPs':>9}"
-    )
-    for row in stages:
-        keys = ("params_total", "params_active", "tokens", "flops")
-        cells = "".join(f"{human_count(float(row[k])) if row.get(k) else '-':>9}" for k in keys)
-        print(f"{row['stage']:<10}{row['name']:<14}{row.get('family', ''):<11}{cells}")
 
 
 @app.command()

@@ -21,6 +21,8 @@ SUMMARY_FIELDS = (
     "loss_after", "seconds", "output",
 )  # fmt: skip
 STAGE_FILE = "stage.json"
+RESUMABLE = ("train", "grow", "upcycle")
+"""Stages that keep unfinished work in NAME.run beside their output."""
 
 
 def execute(spec: Any, out: Path, fingerprint: str = "") -> dict[str, Any]:
@@ -31,7 +33,7 @@ def execute(spec: Any, out: Path, fingerprint: str = "") -> dict[str, Any]:
     module = importlib.import_module(f"growmoe.stages.{spec.stage}")
     work = out.with_name(f"{out.name}.run")
     with contextlib.ExitStack() as stack:
-        if spec.stage == "train":
+        if spec.stage in RESUMABLE:
             stack.enter_context(_working_in(work))
         staged = stack.enter_context(staged_directory(out))
         started = time.monotonic()
@@ -141,7 +143,10 @@ def _fingerprint(stage: Any, spec: Any, done: dict[str, str]) -> str:
 @contextlib.contextmanager
 def _working_in(work: Path) -> Iterator[None]:
     """Hold a stage's work directory; one that nothing was written into is removed again."""
-    work.mkdir(parents=True, exist_ok=True)
+    try:
+        work.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise GrowmoeError(f"cannot write in {work.parent}: {error.strerror}") from None
     with _locked(work):
         try:
             yield

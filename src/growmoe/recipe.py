@@ -3,6 +3,7 @@
 `recipe_yaml.py` reads one from a file and reports mistakes. Imports no torch.
 """
 
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -161,6 +162,8 @@ class TrainStage(Strict):
     """Arithmetic of the forward pass; weights and optimizer are float32. auto: bfloat16 where the
     processor multiplies it natively."""
     seed: Seed = 0
+    pretrained_tokens: Count | None = None
+    """Training tokens of `model`, where its lineage does not say; for the plan's warnings."""
     validate_every: Count = 100
     checkpoint_every: Count = 100
 
@@ -190,39 +193,95 @@ class _OnText(Strict):
     seed: Seed = 0
 
 
-class GrowStage(_OnText):
+def _numbers(value: Any) -> Any:
+    """'4,4,8' (as on the command line) is a list of numbers; '8' is one number."""
+    if not isinstance(value, str) or not re.fullmatch(r"\s*\d+(\s*,\s*\d+)*\s*", value):
+        return value
+    numbers = [int(part) for part in value.split(",")]
+    return numbers if "," in value else numbers[0]
+
+
+def _number_list(value: Any) -> Any:
+    numbers = _numbers(value)
+    return [numbers] if isinstance(numbers, int) and not isinstance(numbers, bool) else numbers
+
+
+Layer = Annotated[int, Field(ge=0)]
+Depth = Literal["identity", "stack", "interpolate", "dus"]
+
+
+class _Derived(_OnText):
+    """A model made from another one, written shard by shard and then checked."""
+
+    name: Name
+    model: str
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    verify: bool = True
+    """False leaves the check out; the output then says that it is unverified."""
+    shard_gb: Positive = 4.0
+    """Largest file; finished files survive an interruption."""
+    pretrained_tokens: Count | None = None
+    """Training tokens of the source, where its lineage does not say; for the plan's warnings."""
+
+
+class GrowStage(_Derived):
     """Scale-up: a larger dense model that starts where the small one stopped."""
 
     stage: Literal["grow"]
     name: Name = "grow"
-    model: str
     hidden: Count | None = None
     layers: Count | None = None
     heads: Count | None = None
     kv_heads: Count | None = None
+    merge_kv: Literal["mean"] | None = None
+    """Allows fewer kv heads than the source has, by averaging neighbours (lossy)."""
     ffn: Count | None = None
     head_dim: Count | None = None
     vocab: Count | None = None
+    vocab_init: Literal["mean", "mean_cov", "zeros", "from_tokens"] = "mean"
+    vocab_tokenizer: str | None = None
+    """A tokenizer whose first tokens are the model's; it replaces the model's own."""
     method: Literal["exact", "fpi", "aki", "aki-pro"] = "exact"
-    depth: Literal["identity", "stack", "interpolate"] | None = None
-    """Default: identity for exact, interpolate for aki-pro, stack for fpi and aki."""
+    depth: Depth | Annotated[list[Layer], BeforeValidator(_number_list)] | None = None
+    """Default: identity for exact, interpolate for aki-pro, stack for fpi and aki. A list gives the
+    layer that each new layer copies."""
+    guard: Annotated[tuple[Layer, Layer], BeforeValidator(_number_list)] = (0, 0)
+    """First and last layers that stack and interpolate leave single."""
+    branch_scale: Literal["one", "count"] = "one"
+    """count: o and down of a layer that occurs c times are divided by c."""
     units: Literal["duplicate", "zero_pad"] = "duplicate"
     """New units of the residual stream and the feed-forward; new heads are always copies."""
     split: Literal["random", "even"] | None = None
     """How copies share what reads them; default random for exact, even for the published ones."""
-    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    noise_db: float | None = None
+    """Signal-to-noise ratio of noise that breaks symmetry."""
+    noise: Literal["copies", "everywhere"] = "copies"
+    """copies: on what reads copies, adding up to zero over them (exact); everywhere: lossy."""
 
     @model_validator(mode="after")
     def _something(self) -> "GrowStage":
         if self.method != "exact" and self.units == "zero_pad":
             raise ValueError(f"method {self.method} copies units; units: zero_pad contradicts it")
-        sizes = ("hidden", "layers", "heads", "kv_heads", "ffn", "head_dim", "vocab")
-        if all(getattr(self, size) is None for size in sizes):
+        duplicates = self.depth_method in ("stack", "interpolate")
+        if self.guard != (0, 0) and not duplicates:
+            raise ValueError("guard is for depth: stack and depth: interpolate")
+        if self.branch_scale == "count" and self.depth_method == "identity":
+            raise ValueError("branch_scale is for layers that occur twice, not for depth: identity")
+        if self.noise == "everywhere" and self.noise_db is None:
+            raise ValueError("noise: everywhere needs noise_db")
+        if self.vocab_init == "from_tokens" and self.vocab_tokenizer is None:
+            raise ValueError("vocab_init: from_tokens needs vocab_tokenizer")
+        if isinstance(self.depth, list) and self.layers not in (None, len(self.depth)):
+            raise ValueError(f"depth lists {len(self.depth)} layers, but layers is {self.layers}")
+        sizes = ("hidden", "layers", "heads", "kv_heads", "ffn", "head_dim", "vocab",
+                 "vocab_tokenizer")  # fmt: skip
+        asked = isinstance(self.depth, list) or self.noise == "everywhere"
+        if all(getattr(self, size) is None for size in sizes) and not asked:
             raise ValueError(f"nothing to grow: give at least one of {', '.join(sizes)}")
         return self
 
     @property
-    def depth_method(self) -> Literal["identity", "stack", "interpolate"]:
+    def depth_method(self) -> Depth | list[int]:
         """How layers are added when `depth` leaves it to `method`."""
         if self.depth is not None:
             return self.depth
@@ -238,23 +297,49 @@ def _layer_list(value: Any) -> Any:
     return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
 
 
-class UpcycleStage(_OnText):
+class UpcycleStage(_Derived):
     """Scale-out: a dense model becomes a mixture of experts."""
 
     stage: Literal["upcycle"]
     name: Name = "upcycle"
-    model: str
-    experts: Count = 8
+    experts: Annotated[Count | tuple[Layer, ...], BeforeValidator(_numbers)] = 8
+    """Routed experts of every layer, or a list with one number per layer (0 is a dense layer)."""
     top_k: Count = 2
+    combine: Literal["renorm", "softmax", "sigmoid"] = "renorm"
+    """Weights of the chosen experts: softmax divided by their sum, raw softmax (the experts are
+    then scaled by E/k), or sigmoid scores divided by their sum."""
+    router: Literal["normal", "zero", "virtual_group"] | None = None
+    """virtual_group: one row per group of `granularity` experts, so that whole groups are chosen;
+    the default when granularity is above 1, else normal."""
     router_std: NonNegative = 0.02
     layers: Annotated[str, BeforeValidator(_layer_list)] = "all"
     """all, second, or a list like [3, 5, 7] or '3,5,7' (from 0)."""
-    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    expert_init: Literal["copy", "noise", "drop", "permute"] = "copy"
+    """noise and drop (Drop-Upcycling) are lossy, permute reorders hidden units."""
+    noise: NonNegative = 0.01
+    """expert_init noise: root mean square relative to each matrix."""
+    drop: Fraction = 0.5
+    """expert_init drop: part of the hidden units that is drawn anew."""
+    granularity: Count = 1
+    """Slices of the feed-forward per expert copy (fine-grained experts)."""
+    residual: Literal["none", "sum", "softmax2", "sigmoid_gate"] = "none"
+    """A fixed branch beside the experts, and how it is mixed (Residual-MoE, shared expert)."""
+    shared: Literal["dense_plus_null", "half_half"] = "dense_plus_null"
+    """What the fixed branch starts as: the dense feed-forward with experts that add nothing yet, or
+    both giving their half."""
 
     @model_validator(mode="after")
     def _enough(self) -> "UpcycleStage":
-        if self.experts < self.top_k:
+        if isinstance(self.experts, int) and self.experts < self.top_k:
             raise ValueError(f"experts ({self.experts}) are fewer than top_k ({self.top_k})")
+        if self.residual == "none" and self.shared != "dense_plus_null":
+            raise ValueError("shared is for a fixed branch; give residual")
+        if self.expert_init != "noise" and "noise" in self.model_fields_set:
+            raise ValueError("noise is for expert_init: noise")
+        if self.expert_init != "drop" and "drop" in self.model_fields_set:
+            raise ValueError("drop is for expert_init: drop")
+        if self.router == "zero" and "router_std" in self.model_fields_set and self.router_std:
+            raise ValueError("router: zero contradicts router_std")
         return self
 
 

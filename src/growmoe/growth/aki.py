@@ -5,31 +5,29 @@ and gives the larger model knowledge of the next layer at the price of a high in
 AKI-Pro (AquilaMoE) is AKI with heads inserted inside their GQA group and interpolated depth.
 """
 
-import torch
 from torch import Tensor
 
 from growmoe.growth.width import Widened, Widening
 from growmoe.models.checkpoint import Source
+from growmoe.models.shapes import aki_origins
 
 
 class AKI:
     """FPI, with the new rows of every projection of layer l < L-1 taken from layer l+1."""
 
-    def __init__(self, source: Source, spec: Widening) -> None:
+    def __init__(self, source: Source, spec: Widening, dtype: str | None = None) -> None:
         self.source = source
-        self.widened = Widened(source, spec)
+        self.widened = Widened(source, spec, dtype)
         self.config = self.widened.config
-        self.dtype = source.dtype
+        self.dtype = self.widened.dtype
 
     def load(self, name: str) -> Tensor:
-        """The grown tensor (float32). Embeddings, norms and the last layer are FPI's."""
+        """The grown tensor. Embeddings, norms and the last layer are FPI's."""
         own = self.widened.load(name)
-        if not name.startswith("layers.") or "norm" in name or ".moe." in name:
+        above = aki_origins(name, self.config.num_layers)[1:]
+        if not above:
             return own
-        _, layer, rest = name.split(".", 2)
-        if int(layer) + 1 == self.config.num_layers:
-            return own
-        above = self.widened.load(f"layers.{int(layer) + 1}.{rest}")
         new_R = self.widened.roles(name)[0].new_N()
-        mask = new_R if own.dim() == 1 else new_R[:, None]
-        return torch.where(mask, above, own)
+        if new_R.any():
+            own[new_R] = self.widened.widen(above[0], self.source.load(above[0]), new_R)
+        return own

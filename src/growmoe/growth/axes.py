@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-CHUNK_ELEMENTS = 1 << 23  # rows are converted in pieces of 64 MB of float64
+CHUNK_ELEMENTS = 1 << 20  # rows are converted in pieces of 8 MB of float64
 
 
 @dataclass(frozen=True)
@@ -30,8 +30,12 @@ class Axis:
     fresh_read: float = 0.0
     read_unit: int = 1
     """Consecutive positions that share one share of the split (head_dim for heads)."""
+    noise: float = 0.0
+    """Root mean square, relative to the matrix, of noise on the columns that read copies; it adds
+    up to zero over the copies of a position, so what is read together stays exact."""
     seed: int = 0
     counts_N: Tensor = field(init=False)
+    """Copies of the old position of each new one, in the whole axis."""
 
     def __post_init__(self) -> None:
         old = int(self.index_N.max()) + 1
@@ -44,6 +48,8 @@ class Axis:
 
     def new_N(self) -> Tensor:
         """True where a position is not the first copy of its old position."""
+        if torch.equal(self.index_N, torch.arange(len(self))):
+            return torch.zeros(len(self), dtype=torch.bool)
         seen_N = torch.ones_like(self.index_N, dtype=torch.bool)
         order_N = torch.argsort(self.index_N, stable=True)
         sorted_N = self.index_N[order_N]
@@ -122,18 +128,29 @@ def head_axis(
     )  # fmt: skip
 
 
-def widen_matrix(w_RC: Tensor, rows: Axis, columns: Axis, name: str) -> Tensor:
-    """The widened float32 matrix: rows are written, columns are read (see Axis)."""
+def widen_matrix(
+    w_RC: Tensor, rows: Axis, columns: Axis, name: str, dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """The widened matrix in `dtype`: rows are written, columns are read (see Axis).
+
+    Worked out in float64 pieces of a few rows, so that memory holds source and result only.
+    """
     read_C = columns.read_N(name)
     column_index = columns.index_N.clamp(min=0)
     fresh_C = columns.index_N < 0
-    out = torch.empty(len(rows), len(columns), dtype=torch.float32)
+    same_columns = torch.equal(columns.index_N, torch.arange(w_RC.shape[1]))
+    out = torch.empty(len(rows), len(columns), dtype=dtype)
     rng = generator(rows.seed ^ 1, name)
+    noise = _CopyNoise(w_RC, columns, name) if columns.noise else None
     step = max(1, CHUNK_ELEMENTS // len(columns))
     for start in range(0, len(rows), step):
         index_R = rows.index_N[start : start + step]
         part = w_RC.index_select(0, index_R.clamp(min=0)).to(torch.float64)
-        part = part.index_select(1, column_index) * read_C
+        if not same_columns:
+            part = part.index_select(1, column_index)
+            part *= read_C
+        if noise is not None:
+            part += noise.draw(len(part))
         part *= rows.write_N[start : start + step, None]
         if fresh_C.any():
             _fill(part, columns.fresh_read, rng, columns=fresh_C)
@@ -141,6 +158,33 @@ def widen_matrix(w_RC: Tensor, rows: Axis, columns: Axis, name: str) -> Tensor:
             _fill(part, rows.fresh_write, rng, rows=index_R < 0)
         out[start : start + step] = part
     return out
+
+
+class _CopyNoise:
+    """Noise on the columns that have copies, without its mean over the copies of a position."""
+
+    def __init__(self, w_RC: Tensor, columns: Axis, name: str) -> None:
+        self.columns, self.rng = columns, generator(columns.seed ^ 2, name)
+        self.std = columns.noise * root_mean_square(w_RC)
+        self.copied_C = (columns.counts_N > 1) & (columns.index_N >= 0)
+
+    def draw(self, rows: int) -> Tensor:
+        """The noise of the next `rows` rows [rows, columns], float64."""
+        axis = self.columns
+        shape = (rows, len(axis))
+        noise = torch.randn(shape, generator=self.rng, dtype=torch.float32).to(torch.float64)
+        noise *= self.std * self.copied_C
+        index_C = axis.index_N.clamp(min=0)
+        total = torch.zeros(rows, int(index_C.max()) + 1, dtype=torch.float64)
+        total.index_add_(1, index_C, noise)
+        return noise - (total.index_select(1, index_C) / axis.counts_N) * self.copied_C
+
+
+def root_mean_square(tensor: Tensor) -> float:
+    """Of all elements, added up in pieces."""
+    flat = tensor.reshape(-1)
+    total = sum(float(part.to(torch.float64).square().sum()) for part in flat.split(CHUNK_ELEMENTS))
+    return float((total / max(1, flat.numel())) ** 0.5)
 
 
 def _fill(
@@ -157,9 +201,9 @@ def _fill(
         part[:, columns] = fresh[:, columns]
 
 
-def widen_columns(w_VN: Tensor, axis: Axis) -> Tensor:
-    """An embedding table: rows stay, columns are written; fresh columns are 0."""
-    out = torch.empty(w_VN.shape[0], len(axis), dtype=torch.float32)
+def widen_columns(w_VN: Tensor, axis: Axis, dtype: torch.dtype = torch.float32) -> Tensor:
+    """An embedding table in `dtype`: rows stay, columns are written; fresh columns are 0."""
+    out = torch.empty(w_VN.shape[0], len(axis), dtype=dtype)
     write_N = torch.where(axis.index_N >= 0, axis.write_N, 0.0)
     index_N = axis.index_N.clamp(min=0)
     step = max(1, CHUNK_ELEMENTS // len(axis))
@@ -169,7 +213,12 @@ def widen_columns(w_VN: Tensor, axis: Axis) -> Tensor:
     return out
 
 
-def widen_vector(v_N: Tensor, axis: Axis) -> Tensor:
+def widen_vector(v_N: Tensor, axis: Axis, dtype: torch.dtype = torch.float32) -> Tensor:
     """A bias: scaled like the rows that are written beside it; fresh units get 0."""
     wide = v_N.to(torch.float64)[axis.index_N.clamp(min=0)] * axis.write_N
-    return torch.where(axis.index_N >= 0, wide, 0.0).to(torch.float32)
+    return torch.where(axis.index_N >= 0, wide, 0.0).to(dtype)
+
+
+def part_of_axis(axis: Axis, kept_N: Tensor) -> Axis:
+    """The positions where `kept_N` is true, as rows of their own (reads are left out)."""
+    return Axis(axis.index_N[kept_N], axis.write_N[kept_N], seed=axis.seed)

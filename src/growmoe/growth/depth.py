@@ -1,4 +1,4 @@
-"""Deeper models: identity blocks (exact), stacked or interpolated layers (lossy)."""
+"""Deeper models: identity blocks (exact), stacked, interpolated, up-scaled or chosen layers."""
 
 import torch
 from torch import Tensor
@@ -21,14 +21,11 @@ class Deepened:
 
     def load(self, name: str) -> Tensor:
         """The tensor of the layer that is copied; zeros for what a silent layer would add."""
-        if not name.startswith("layers."):
-            return self.source.load(name)
-        _, layer, rest = name.split(".", 2)
-        old = self.depth.source[int(layer)]
-        tensor = self.source.load(f"layers.{old}.{rest}")
-        if rest.split(".")[-2] not in ("o", "down"):
+        tensor = self.source.load(self.depth.origin(name))
+        if not name.startswith("layers.") or name.split(".")[-2] not in ("o", "down"):
             return tensor
-        if int(layer) in self.depth.silent:
+        layer = int(name.split(".")[1])
+        if layer in self.depth.silent:
             return torch.zeros_like(tensor)
-        copies = self.depth.source.count(old)
+        copies = self.depth.source.count(self.depth.source[layer])
         return tensor / copies if self.halve_branches and copies > 1 else tensor

@@ -1,43 +1,138 @@
-"""Sparse upcycling: every expert a copy of the dense feed-forward, and a fresh router.
+"""Sparse upcycling (Scale-Out): every feed-forward becomes a mixture of experts made from it.
 
-With identical experts the output is (sum of the top-k weights) * f(x): exact when that sum is 1,
-so with renormalised weights whatever the router says. Sparse Upcycling (arXiv 2212.05055);
-Scale-Out of AquilaMoE.
+Experts are copies (or slices, noisy, partly re-drawn or permuted copies) of the dense feed-forward,
+scaled so that what the router combines adds up to the dense output; `models.upcycling` says when it
+does for every token. Sparse Upcycling (arXiv 2212.05055), virtual groups (arXiv 2410.07524),
+Drop-Upcycling (ICLR 2025), the fixed branch of DeepSpeed-MoE and Qwen2-MoE.
 """
 
 import torch
 from torch import Tensor
 
-from growmoe.growth.axes import generator
+from growmoe.growth.axes import CHUNK_ELEMENTS, generator
+from growmoe.growth.perturb import add_noise
 from growmoe.models.checkpoint import Source
-from growmoe.models.shapes import upcycled_config
+from growmoe.models.safetensors_io import DTYPES
+from growmoe.models.upcycling import Upcycling, dense_origin, upcycled_config
 
 
 class Upcycled:
-    """`source` (dense) with its feed-forward copied into experts; see `upcycled_config`."""
+    """`source` (dense) with its feed-forward copied into experts; see Upcycling."""
 
-    def __init__(
-        self,
-        source: Source,
-        *,
-        experts: int = 8,
-        top_k: int = 2,
-        router_std: float = 0.02,
-        layers: str = "all",
-        renormalize: bool = True,
-        seed: int = 0,
-    ) -> None:
-        self.source, self.router_std, self.seed = source, router_std, seed
-        self.config = upcycled_config(source.config, experts, top_k, layers, renormalize)
-        self.dtype = source.dtype
+    def __init__(self, source: Source, up: Upcycling, dtype: str | None = None) -> None:
+        self.source, self.up = source, up
+        self.config = upcycled_config(source.config, up)
+        self.dtype = dtype or source.dtype
 
     def load(self, name: str) -> Tensor:
-        """A copy of the dense tensor, or a router row set drawn from N(0, router_std)."""
-        if name.endswith("moe.router.weight"):
-            count = self.config.experts_in(int(name.split(".")[1]))
-            shape = (count, self.config.hidden_size)
-            return torch.randn(shape, generator=generator(self.seed, name)) * self.router_std
-        before, routed, expert = name.partition("moe.experts.")
-        if routed:
-            name = f"{before}mlp.{expert.partition('.')[2]}"
-        return self.source.load(name)
+        """The tensor of the MoE: copied, scaled, or new (router, mixing coefficients)."""
+        origin = dense_origin(name)
+        if origin is None:
+            return self._new(name)
+        if not self._in_moe_layer(name):
+            return self.source.load(origin)
+        if ".moe.experts." in name:
+            return self._expert(name, origin)
+        if ".mlp." in name and name.split(".")[-2] == "down":
+            return _scaled(self.source.load(origin), self.up.fixed_share, DTYPES[self.dtype])
+        return self.source.load(origin)
+
+    def _in_moe_layer(self, name: str) -> bool:
+        return name.startswith("layers.") and self.config.experts_in(int(name.split(".")[1])) > 0
+
+    def _new(self, name: str) -> Tensor:
+        """Router rows from N(0, router_std), one per virtual group; zero mixing coefficients."""
+        D = self.config.hidden_size
+        if ".moe.mix." in name:
+            rows = 2 if self.up.residual == "softmax2" else 1
+            return torch.zeros((rows,) if name.endswith("bias") else (rows, D))
+        experts = self.config.experts_in(int(name.split(".")[1]))
+        if self.up.router == "zero":
+            return torch.zeros(experts, D)
+        repeats = self.up.granularity if self.up.router == "virtual_group" else 1
+        rng = generator(self.up.seed, name)
+        rows_ED = torch.randn(experts // repeats, D, generator=rng) * self.up.router_std
+        return rows_ED.repeat_interleave(repeats, dim=0)
+
+    def _expert(self, name: str, origin: str) -> Tensor:
+        """Expert r*G + g holds slice g of the r-th copy of the feed-forward."""
+        _, layer, _, _, expert, part, leaf = name.split(".")
+        G = self.up.granularity
+        copy, piece = divmod(int(expert), G)
+        tensor = self.source.load(origin)
+        tensor = self._varied(tensor, f"layers.{layer}.copy.{copy}", part, leaf)
+        hidden_dim = {"weight": 1 if part == "down" else 0}.get(leaf, 0)
+        if G > 1 and not (part == "down" and leaf == "bias"):
+            tensor = tensor.chunk(G, dim=hidden_dim)[piece]
+        scale = self._scale(int(layer), part, leaf)
+        return _scaled(tensor, scale, DTYPES[self.dtype])
+
+    def _scale(self, layer: int, part: str, leaf: str) -> float:
+        """With weights that add up to w and slices that each see a G-th of them, the experts'
+        outputs need a factor G / w. SwiGLU is linear in `up`, so half of it (as a square root)
+        goes there and keeps both matrices in range; never into the gate, which is not linear."""
+        up = self.up
+        weight = up.combined_weight(self.config.experts_in(layer))
+        factor = up.granularity / weight
+        swiglu = self.config.activation == "swiglu"
+        if part == "gate" or (part == "up" and not swiglu):
+            return 1.0
+        if part == "up":
+            return factor**0.5
+        if leaf == "bias":
+            return up.routed_share / weight
+        return up.routed_share * (factor**0.5 if swiglu else factor)
+
+    def _varied(self, tensor: Tensor, copy: str, part: str, leaf: str) -> Tensor:
+        """The dense tensor as the copy called `copy` starts with it."""
+        up = self.up
+        if up.expert_init == "copy" or (part == "down" and leaf == "bias"):
+            return tensor
+        if up.expert_init == "noise":
+            if leaf == "bias":
+                return tensor
+            return add_noise(tensor, up.noise, generator(up.seed, f"{copy}.{part}"))
+        width_dim = 1 if part == "down" else 0
+        width = tensor.shape[width_dim]
+        # gate, up and down of one copy share the order and the choice of units
+        order_F = torch.randperm(width, generator=generator(up.seed, f"{copy}.units"))
+        if up.expert_init == "permute":
+            return tensor.index_select(width_dim, order_F)
+        if leaf == "bias":
+            return tensor
+        chosen = order_F[: round(up.drop * width)].sort().values
+        return _redrawn(tensor, width_dim, chosen, generator(up.seed, f"{copy}.{part}"))
+
+
+def _redrawn(tensor: Tensor, dim: int, chosen: Tensor, rng: torch.Generator) -> Tensor:
+    """A copy with the rows (dim 0) or columns (dim 1) `chosen` drawn from the normal distribution
+    that has their mean and deviation; a few rows at a time."""
+    result = tensor.clone(memory_format=torch.contiguous_format)
+    step = max(1, CHUNK_ELEMENTS // tensor.shape[1])
+    rows = chosen if dim == 0 else torch.arange(tensor.shape[0])
+    columns = chosen if dim == 1 else torch.arange(tensor.shape[1])
+    count, total, squares = 0, 0.0, 0.0
+    for part in rows.split(step):
+        old = tensor[part][:, columns].to(torch.float64)
+        count += old.numel()
+        total += float(old.sum())
+        squares += float(old.square().sum())
+    if not count:
+        return result
+    mean = total / count
+    deviation = max(0.0, squares / count - mean**2) ** 0.5
+    for part in rows.split(step):
+        drawn = torch.randn(len(part), len(columns), generator=rng) * deviation + mean
+        result[part[:, None], columns] = drawn.to(tensor.dtype)
+    return result
+
+
+def _scaled(tensor: Tensor, factor: float, dtype: torch.dtype) -> Tensor:
+    """`factor` times the tensor in `dtype`; itself when there is nothing to do."""
+    if factor == 1.0:
+        return tensor
+    result = torch.empty(tensor.shape, dtype=dtype)
+    pieces = zip(tensor.reshape(-1).split(CHUNK_ELEMENTS), result.view(-1).split(CHUNK_ELEMENTS))
+    for old, new in pieces:
+        new.copy_(old.to(torch.float32) * factor)
+    return result

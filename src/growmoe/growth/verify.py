@@ -5,7 +5,6 @@ weights stored in 16 bits also one more rounding of every weight (a rescaled wei
 anew, which moves logits as much as 16-bit storage itself does).
 """
 
-import gc
 import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -16,8 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from growmoe.errors import GrowmoeError
-from growmoe.models.checkpoint import DTYPES, Source, build_model
-from growmoe.models.transformer import Transformer
+from growmoe.models.checkpoint import Source
+from growmoe.models.safetensors_io import DTYPES
+from growmoe.models.streamed import largest_part, streamed_logits
 
 FLOAT32_FACTOR = 10.0
 HALF_FACTOR = 3.0
@@ -47,20 +47,23 @@ class Comparison:
 
 
 def compare(
-    a: Source, b: Source, sequences: list[Tensor], *, memory_bytes: int, note: Callable[[str], None]
-) -> Comparison:
+    a: Source, b: Source, sequences: list[Tensor], *, memory_bytes: int,
+    note: Callable[[str], None], vocab: int | None = None,
+) -> Comparison:  # fmt: skip
     """Run A and B on `sequences` (token ids, 1-D) one model at a time.
 
-    float64 runs are made when weights and logits fit into 80% of `memory_bytes`; else the floor
-    is estimated as 16 roundings of the largest logit. Raises GrowmoeError when the vocabularies
-    cannot be compared or a model's logits are not finite.
+    Weights are read layer by layer, so the largest layer must fit into memory, not the model.
+    float64 runs are made when it does so in float64, with the logits, within 80% of
+    `memory_bytes`; else the floor is estimated as 16 roundings of the largest logit. `vocab`
+    limits the comparison to the first tokens. Raises GrowmoeError when the vocabularies cannot be
+    compared or a model's logits are not finite.
     """
     if b.config.vocab_size < a.config.vocab_size:
         raise GrowmoeError(
             f"B has {b.config.vocab_size} tokens, fewer than A's {a.config.vocab_size}"
         )
-    V = a.config.vocab_size
-    size = max(a.config.bytes("float64"), b.config.bytes("float64"))
+    V = min(vocab or a.config.vocab_size, a.config.vocab_size)
+    size = 8 * max(largest_part(a.config), largest_part(b.config))
     size += 24 * sum(len(ids) for ids in sequences) * b.config.vocab_size
     wide = size < 0.8 * memory_bytes
     note("A in float32")
@@ -71,7 +74,7 @@ def compare(
     if wide:
         note("A in float64")
         a64 = _logits(a, sequences, "float64")
-        floor = _largest(a32, a64)
+        floor = _largest(a32, a64, V)
         note("B in float64")
         diff64 = _largest(a64, _logits(b, sequences, "float64"), V)
         del a64
@@ -81,7 +84,7 @@ def compare(
     if b.dtype in ("bfloat16", "float16"):
         note(f"A with its weights rounded to {b.dtype} once more")
         rerounded = _logits(Rerounded(a, b.dtype), sequences, "float32")
-        floor, factor = max(floor, _largest(a32, rerounded)), HALF_FACTOR
+        floor, factor = max(floor, _largest(a32, rerounded, V)), HALF_FACTOR
     diff = _largest(a32, b32, V)
     # A tiny model can land below one rounding of its largest logit; no arithmetic does better.
     floor = max(floor, torch.finfo(torch.float32).eps * max(float(x.abs().max()) for x in a32))
@@ -115,29 +118,22 @@ class Rerounded:
 
 
 def _logits(source: Source, sequences: list[Tensor], dtype: str) -> Logits:
-    model = build_model(source, dtype)
-    result = run(model, sequences)
-    del model
-    gc.collect()
+    result = streamed_logits(source, sequences, dtype)
     for logits in result:
         if not torch.isfinite(logits).all():
             raise GrowmoeError("the model's logits are not finite")
     return result
 
 
-@torch.no_grad()
-def run(model: Transformer, sequences: list[Tensor]) -> Logits:
-    """Logits [T,V] of every sequence, run one by one."""
-    return [model(ids[None]).logits[0] for ids in sequences]
-
-
-def _largest(left: Logits, right: Logits, V: int | None = None) -> float:
-    return max(float((x - y[:, :V]).abs().max()) for x, y in zip(left, right))
+def _largest(left: Logits, right: Logits, V: int) -> float:
+    return max(float((x[:, :V] - y[:, :V]).abs().max()) for x, y in zip(left, right))
 
 
 def _mean_difference(left: Logits, right: Logits, V: int) -> float:
-    total = sum(float((x - y[:, :V]).abs().sum(dtype=torch.float64)) for x, y in zip(left, right))
-    return total / sum(x.numel() for x in left)
+    total = sum(
+        float((x[:, :V] - y[:, :V]).abs().sum(dtype=torch.float64)) for x, y in zip(left, right)
+    )
+    return total / sum(len(x) * V for x in left)
 
 
 def _cross_entropy(logits: Logits, sequences: list[Tensor]) -> float:
@@ -152,6 +148,6 @@ def _divergence(left: Logits, right: Logits, V: int) -> float:
     """KL(A || B) in nats per token, over A's vocabulary."""
     total = 0.0
     for x, y in zip(left, right):
-        p, q = x.double().log_softmax(-1), y[:, :V].double().log_softmax(-1)
+        p, q = x[:, :V].double().log_softmax(-1), y[:, :V].double().log_softmax(-1)
         total += float((p.exp() * (p - q)).sum())
     return total / sum(len(x) for x in left)

@@ -1,25 +1,65 @@
-"""A larger vocabulary: old logits stay exactly what they were; new tokens start at the mean."""
+"""A larger vocabulary: old logits stay exactly what they were; the loss moves by what new tokens
+take from the softmax."""
+
+from typing import Literal
 
 import torch
 from torch import Tensor
 
+from growmoe.growth.axes import generator
 from growmoe.models.checkpoint import Source
 from growmoe.models.shapes import check_vocab
 
+Init = Literal["mean", "mean_cov", "zeros", "from_tokens"]
+_ROWS = 4096
+
 
 class GrownVocab:
-    """`source` with `size` tokens; new rows of embedding and head are the mean of the old rows."""
+    """`source` with `size` tokens. New rows of embedding and head start as
 
-    def __init__(self, source: Source, size: int) -> None:
+    - mean: the mean of the old rows;
+    - mean_cov: drawn from the normal distribution with their mean and covariance (Hewitt 2021);
+    - zeros;
+    - from_tokens: the mean of the old rows that spelled the token so far; `pieces[id]` lists them
+      (also for ids below the old size: padding rows that the new tokenizer takes into use).
+    """
+
+    def __init__(
+        self, source: Source, size: int, init: Init = "mean", *, seed: int = 0,
+        pieces: dict[int, list[int]] | None = None,
+    ) -> None:  # fmt: skip
         check_vocab(source.config, size)
-        self.source, self.extra = source, size - source.config.vocab_size
+        self.source, self.init, self.seed = source, init, seed
+        self.old, self.pieces = source.config.vocab_size, pieces or {}
         self.config = source.config.replace(vocab_size=size)
         self.dtype = source.dtype
 
     def load(self, name: str) -> Tensor:
-        """The tensor of the source, with mean rows appended to embedding and head."""
+        """The tensor of the source, with new rows appended to embedding and head."""
         tensor = self.source.load(name)
-        if name not in ("embed.weight", "head.weight") or not self.extra:
+        if name not in ("embed.weight", "head.weight"):
             return tensor
-        mean_1D = tensor.mean(0, keepdim=True, dtype=torch.float32).to(tensor.dtype)
-        return torch.cat((tensor, mean_1D.expand(self.extra, -1)))
+        extra = self.config.vocab_size - self.old
+        if not extra and not self.pieces:
+            return tensor
+        result = torch.empty(self.config.vocab_size, tensor.shape[1], dtype=tensor.dtype)
+        result[: self.old] = tensor
+        result[self.old :] = self._rows(name, tensor, extra).to(tensor.dtype)
+        for token, spelled in self.pieces.items():
+            row_D = tensor[torch.tensor(spelled)].mean(0, dtype=torch.float32)
+            result[token] = row_D.to(tensor.dtype)
+        return result
+
+    def _rows(self, name: str, w_VD: Tensor, extra: int) -> Tensor:
+        V, D = w_VD.shape
+        if self.init == "zeros":
+            return torch.zeros(extra, D)
+        mean_D = sum(part.sum(0, dtype=torch.float64) for part in w_VD.split(_ROWS)) / V
+        rows_ND = torch.as_tensor(mean_D).expand(extra, D).clone()
+        if self.init == "mean_cov":
+            # a random combination of centred rows has exactly their covariance
+            rng = generator(self.seed ^ 4, name)
+            for part in w_VD.split(_ROWS):
+                z_NV = torch.randn(extra, len(part), generator=rng, dtype=torch.float64)
+                rows_ND += z_NV @ (part.to(torch.float64) - mean_D) / V**0.5
+        return rows_ND

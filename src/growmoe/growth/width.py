@@ -19,12 +19,14 @@ from growmoe.growth.axes import (
     head_axis,
     identity_axis,
     padded_axis,
+    part_of_axis,
     widen_columns,
     widen_matrix,
     widen_vector,
 )
 from growmoe.models.checkpoint import Source
 from growmoe.models.config import ModelConfig
+from growmoe.models.safetensors_io import DTYPES
 from growmoe.models.shapes import head_maps, widened_config
 
 
@@ -41,38 +43,43 @@ class Widening:
     split: Literal["random", "even"] = "random"
     keep_rms: bool = True
     """False is FPI as published: gamma copied, lossy at non-integer ratios."""
+    copy_noise: float = 0.0
+    """Relative noise on what reads copies, zero over the copies of a unit (see Axis.noise)."""
     seed: int = 0
 
 
 class Widened:
     """`source` with wider tensors; see Widening."""
 
-    def __init__(self, source: Source, spec: Widening) -> None:
+    def __init__(self, source: Source, spec: Widening, dtype: str | None = None) -> None:
         self.source, self.spec = source, spec
         self.config = widened_config(
             source.config, hidden=spec.hidden, heads=spec.heads, kv_heads=spec.kv_heads,
             head_dim=spec.head_dim, ffn=spec.ffn, zero_pad=spec.units == "zero_pad",
         )  # fmt: skip
-        self.dtype = source.dtype
+        self.dtype = dtype or source.dtype
         self.axes = _axes(source.config, self.config, spec)
 
     def load(self, name: str) -> Tensor:
-        """The widened tensor (float32), made from the source's tensor of the same name."""
+        """The widened tensor in `dtype`, made from the source's tensor of the same name."""
         return self.widen(name, self.source.load(name))
 
-    def widen(self, name: str, tensor: Tensor) -> Tensor:
-        """Widen `tensor`, the source's tensor called `name`."""
+    def widen(self, name: str, tensor: Tensor, kept_R: Tensor | None = None) -> Tensor:
+        """Widen `tensor`, the source's tensor called `name`; with `kept_R` only those new rows."""
+        dtype = DTYPES[self.dtype]
         if name.endswith("norm.weight"):
-            return self._norm_gain(name, tensor)
+            return self._norm_gain(name, tensor).to(dtype)
         if name.endswith("norm.bias"):
             wide = widen_vector(tensor, self.axes["residual"])
-            return wide * self._tied_share() if name == "norm.bias" else wide
+            return (wide * self._tied_share() if name == "norm.bias" else wide).to(dtype)
         if name in ("embed.weight", "positions.weight"):
-            return widen_columns(tensor, self.axes["residual"])
+            return widen_columns(tensor, self.axes["residual"], dtype)
         rows, columns = self.roles(name)
+        if kept_R is not None:
+            rows = part_of_axis(rows, kept_R)
         if tensor.dim() == 1:
-            return widen_vector(tensor, rows)
-        return widen_matrix(tensor, rows, columns, name)
+            return widen_vector(tensor, rows, dtype)
+        return widen_matrix(tensor, rows, columns, name, dtype)
 
     def roles(self, name: str) -> tuple[Axis, Axis]:
         """(axis of the rows, axis of the columns) of a matrix, and of its bias."""
@@ -142,10 +149,11 @@ def _axes(old: ModelConfig, new: ModelConfig, spec: Widening) -> dict[str, Axis]
     head_map, kv_map = head_maps(old.num_heads, old.num_kv_heads, new.num_heads, new.num_kv_heads)
     C, new_C = old.head_dim, new.head_dim
     scale = (new_C / C) ** 0.5  # attention divides by sqrt(head_dim)
+    q = head_axis(head_map, C, new_C, scale=scale, random_split=random, seed=seed)
     return {
-        "residual": residual,
-        "ffn": ffn,
-        "q": head_axis(head_map, C, new_C, scale=scale, random_split=random, seed=seed),
+        "residual": dataclasses.replace(residual, noise=spec.copy_noise),
+        "ffn": dataclasses.replace(ffn, noise=spec.copy_noise),
+        "q": dataclasses.replace(q, noise=spec.copy_noise),
         # fresh query rows are 0 and fresh key rows are not, so that the former get a gradient
         "k": head_axis(kv_map, C, new_C, fresh_write=std, seed=seed),
         "v": head_axis(kv_map, C, new_C, fresh_write=std, seed=seed),

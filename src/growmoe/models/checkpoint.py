@@ -4,18 +4,16 @@ Reads and writes the layout of Hugging Face, tensor by tensor, so that no more t
 are in memory whatever the model's size. Only safetensors, never pickle.
 """
 
-import json
+import hashlib
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any, BinaryIO, Protocol
+from typing import Any, Protocol
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from growmoe import __version__
 from growmoe.errors import GrowmoeError, UsageError
 from growmoe.files import read_json, write_json
 from growmoe.models.config import ModelConfig, tensor_shapes
@@ -26,16 +24,16 @@ from growmoe.models.families import (
     hf_names,
     pick_family,
 )
+from growmoe.models.safetensors_io import (
+    CODES,
+    DTYPES,
+    TensorFile,
+    numel,
+    shard_bytes,
+    write_shard,
+)
 from growmoe.models.transformer import Transformer
 
-DTYPES = {
-    "float64": torch.float64,
-    "float32": torch.float32,
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-}
-_CODES = {"F64": "float64", "F32": "float32", "BF16": "bfloat16", "F16": "float16"}
-_CODE_OF = {name: code for code, name in _CODES.items()}
 SHARD_BYTES = 4 * 2**30
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.json",
@@ -73,12 +71,12 @@ class Directory:
         self.family = pick_family(self.config)
         self._names = hf_names(self.config, self.family)
         self._files = _index(path)
-        self._open: dict[str, Any] = {}
+        self._open: dict[str, TensorFile] = {}
         self.dtype = self._check()
 
-    def _handle(self, file: str) -> Any:
+    def _handle(self, file: str) -> TensorFile:
         if file not in self._open:
-            self._open[file] = _safe_open(self.path / file)
+            self._open[file] = TensorFile(self.path / file)
         return self._open[file]
 
     def _check(self) -> str:
@@ -89,21 +87,20 @@ class Directory:
                 raise GrowmoeError(f"{self.path}: tensor {disk} is missing from the checkpoint")
             file = self._files[disk]
             handle = self._handle(file)
-            if disk not in handle.keys():  # noqa: SIM118 (safe_open is no mapping)
+            if disk not in handle:
                 raise GrowmoeError(f"{self.path / file}: tensor {disk} is missing from this shard")
-            part = handle.get_slice(disk)
-            if tuple(part.get_shape()) != shape:
+            if handle.shape(disk) != shape:
                 raise GrowmoeError(
-                    f"{self.path / file}: tensor {disk} has shape {list(part.get_shape())}, "
+                    f"{self.path / file}: tensor {disk} has shape {list(handle.shape(disk))}, "
                     f"but config.json says {list(shape)}"
                 )
-            code = part.get_dtype()
-            if code not in _CODES:
+            code = handle.code(disk)
+            if code not in CODES:
                 raise GrowmoeError(
                     f"{self.path / file}: tensor {disk} has dtype {code}; "
-                    f"known are {', '.join(_CODES)}"
+                    f"known are {', '.join(CODES)}"
                 )
-            widest = max(widest, _CODES[code], key=["float16", "bfloat16", "float32", "float64"].index)  # fmt: skip  # noqa: E501
+            widest = max(widest, CODES[code], key=["float16", "bfloat16", "float32", "float64"].index)  # fmt: skip  # noqa: E501
         self._refuse_unknown()
         return widest
 
@@ -121,25 +118,20 @@ class Directory:
     def load(self, name: str) -> Tensor:
         """The tensor `name`; raises GrowmoeError when it holds NaN or infinity."""
         disk = self._names[name]
-        tensor = self._handle(self._files[disk]).get_tensor(disk)
-        if not torch.isfinite(tensor).all():
-            file = self.path / self._files[disk]
-            raise GrowmoeError(f"{file}: tensor {disk} holds NaN or infinite values")
-        return tensor
+        return self._handle(self._files[disk]).read(disk)
+
+    def identity(self) -> str:
+        """Changes when the config or any shard of the directory changes (sizes and times)."""
+        digest = hashlib.sha256((self.path / "config.json").read_bytes())
+        for file in sorted(set(self._files.values())):
+            stat = (self.path / file).stat()
+            digest.update(f"{file} {stat.st_size} {stat.st_mtime_ns}".encode())
+        return digest.hexdigest()
 
     def lineage(self) -> dict[str, Any]:
         """The directory's growmoe.json; empty for models from elsewhere."""
         path = self.path / "growmoe.json"
         return read_json(path) if path.exists() else {}
-
-
-def _safe_open(path: Path) -> Any:
-    try:
-        return safe_open(path, framework="pt")
-    except FileNotFoundError:
-        raise GrowmoeError(f"{path} does not exist, but the index names it") from None
-    except (SafetensorError, OSError, ValueError) as error:
-        raise GrowmoeError(f"{path} is not a whole safetensors file ({error})") from None
 
 
 def _index(path: Path) -> dict[str, str]:
@@ -160,7 +152,7 @@ def _index(path: Path) -> dict[str, str]:
         )
         hint = f" ({others[0]} is a pickle, which growmoe never reads)" if others else ""
         raise GrowmoeError(f"{path} holds no model.safetensors{hint}")
-    return dict.fromkeys(_safe_open(single).keys(), single.name)
+    return dict.fromkeys(TensorFile(single).names(), single.name)
 
 
 def open_source(path: Path) -> Source:
@@ -181,66 +173,63 @@ def write_model(
     load: Callable[[str], Tensor],
     dtype: str,
     *,
-    shard_bytes: int = SHARD_BYTES,
-    on_tensor: Callable[[int], None] = lambda done: None,
+    shard_limit: int = SHARD_BYTES,
+    on_bytes: Callable[[int], None] = lambda done: None,
+    family: str | None = None,
 ) -> None:
     """Write config.json and the weights of `config` into the existing directory `out`.
 
     `load(name)` gives each canonical tensor once, in checkpoint order; it is converted to `dtype`
-    and written before the next is asked for, so memory holds one tensor at a time.
-    Raises GrowmoeError when `load` returns another shape than the config says.
+    and written before the next is asked for, so memory holds one tensor at a time. Shards that
+    are complete already are kept (an interrupted call with the same arguments made them).
+    `on_bytes` gets the bytes written so far. Raises GrowmoeError when `load` returns another
+    shape than the config says.
     """
-    family = pick_family(config)
+    family = family or pick_family(config)
     names = hf_names(config, family)
-    shapes: dict[str, tuple[int, ...]] = {
-        names[name]: shape for name, shape in tensor_shapes(config).items()
-    }
-    shapes.update(empty_tensors(config, family))
     canonical = {disk: name for name, disk in names.items()}
-    size = DTYPES[dtype].itemsize
-    shards = _plan_shards(shapes, size, shard_bytes)
+    shards = plan_shards(config, family, dtype, shard_limit)
     done = 0
-    for file, members in shards.items():
-        with open(out / file, "wb") as stream:
-            _write_header(stream, {disk: shapes[disk] for disk in members}, dtype)
-            for disk in members:
-                if disk in canonical:
-                    tensor = load(canonical[disk])
-                else:
-                    tensor = torch.zeros(shapes[disk])
-                if tuple(tensor.shape) != shapes[disk]:
-                    raise GrowmoeError(
-                        f"tensor {disk} came out as {list(tensor.shape)}, not {list(shapes[disk])}"
-                    )
-                _write_tensor(stream, tensor.to(DTYPES[dtype]))
-                done += 1
-                on_tensor(done)
+
+    def count(more: int) -> None:
+        nonlocal done
+        done += more
+        on_bytes(done)
+
+    def load_from_disk_name(disk: str) -> Tensor:
+        if disk in canonical:
+            return load(canonical[disk])
+        return torch.zeros(dict(empty_tensors(config, family))[disk])
+
+    for file, shapes in shards.items():
+        path = out / file
+        if path.exists() and path.stat().st_size == shard_bytes(shapes, dtype):
+            count(sum(numel(shape) for shape in shapes.values()) * DTYPES[dtype].itemsize)
+            continue
+        write_shard(path, shapes, dtype, load_from_disk_name, count)
     if len(shards) > 1:
-        total = sum(_numel(shape) * size for shape in shapes.values())
-        weight_map = {disk: file for file, members in shards.items() for disk in members}
-        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        weight_map = {disk: file for file, shapes in shards.items() for disk in shapes}
+        index = {"metadata": {"total_size": done}, "weight_map": weight_map}
         write_json(out / "model.safetensors.index.json", index)
-    write_json(out / "config.json", config_to_hf(config, dtype))
+    write_json(out / "config.json", config_to_hf(config, dtype, family))
 
 
-def _numel(shape: tuple[int, ...]) -> int:
-    count = 1
-    for side in shape:
-        count *= side
-    return count
-
-
-def _plan_shards(
-    shapes: dict[str, tuple[int, ...]], size: int, limit: int
-) -> dict[str, list[str]]:  # fmt: skip
-    groups: list[list[str]] = [[]]
+def plan_shards(
+    config: ModelConfig, family: str, dtype: str, limit: int
+) -> dict[str, dict[str, tuple[int, ...]]]:
+    """{file: {tensor name on disk: shape}} in checkpoint order, files of at most `limit` bytes
+    (a larger tensor has a file of its own)."""
+    names = hf_names(config, family)
+    shapes = {names[name]: shape for name, shape in tensor_shapes(config).items()}
+    shapes.update(empty_tensors(config, family))
+    groups: list[dict[str, tuple[int, ...]]] = [{}]
     used = 0
     for disk, shape in shapes.items():
-        weight = _numel(shape) * size
+        weight = numel(shape) * DTYPES[dtype].itemsize
         if groups[-1] and used + weight > limit:
-            groups.append([])
+            groups.append({})
             used = 0
-        groups[-1].append(disk)
+        groups[-1][disk] = shape
         used += weight
     if len(groups) == 1:
         return {"model.safetensors": groups[0]}
@@ -250,54 +239,11 @@ def _plan_shards(
     }
 
 
-def _write_header(stream: BinaryIO, shapes: dict[str, tuple[int, ...]], dtype: str) -> None:
-    """The safetensors header: 8 bytes of length, then JSON padded with spaces to 8 bytes.
-
-    Written by hand because the library's writer wants every tensor of a shard in memory at once.
-    """
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    offset = 0
-    for disk, shape in shapes.items():
-        end = offset + _numel(shape) * DTYPES[dtype].itemsize
-        header[disk] = {"dtype": _CODE_OF[dtype], "shape": shape, "data_offsets": [offset, end]}
-        offset = end
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    stream.write(len(text).to_bytes(8, "little") + text)
-
-
-def _write_tensor(stream: BinaryIO, tensor: Tensor) -> None:
-    if tensor.numel():
-        flat = tensor.detach().contiguous().view(-1).view(torch.uint8)
-        stream.write(flat.numpy().data)
-
-
 def copy_tokenizer(source: Path, out: Path) -> None:
     """Copy what turns text into tokens and ends it (tokenizer, template, generation defaults)."""
     for name in TOKENIZER_FILES:
         if (source / name).exists():
             shutil.copyfile(source / name, out / name)
-
-
-def write_lineage(out: Path, lineage: dict[str, Any]) -> None:
-    """Write growmoe.json and the model card (README.md) of a MODEL directory."""
-    lineage = {"growmoe": __version__, **lineage}
-    write_json(out / "growmoe.json", lineage)
-    config = config_from_hf(read_json(out / "config.json"), out / "config.json")
-    total, active = config.params_total() / 1e6, config.params_active() / 1e6
-    checks = json.dumps(lineage.get("checks", {}), indent=2, ensure_ascii=False)
-    options = json.dumps(lineage.get("options", {}), indent=2, ensure_ascii=False)
-    (out / "README.md").write_text(
-        "---\nlibrary_name: transformers\ntags: [growmoe]\n---\n\n"
-        f"# {lineage.get('name', 'model')}\n\n"
-        f"Made by growmoe {__version__} with `{lineage.get('operation')}` from "
-        f"`{lineage.get('parent')}`.\n\n"
-        f"- architecture: {pick_family(config)}, {config.num_layers} layers, "
-        f"hidden {config.hidden_size}\n"
-        f"- parameters: {total:.2f} M in all, {active:.2f} M active per token\n\n"
-        f"## Checks\n\n```json\n{checks}\n```\n\n## Options\n\n```json\n{options}\n```\n",
-        encoding="utf-8",
-    )
 
 
 # ---- whole models ----
@@ -319,27 +265,38 @@ def build_model(source: Source, dtype: str = "float32", device: str = "cpu") -> 
     return model.eval()
 
 
-@torch.no_grad()
 def load_weights(model: Transformer, load: Callable[[str], Tensor]) -> None:
     """Copy canonical tensors into the parameters of `model`, experts into their stack."""
-    views = dict(parameter_views(model))
-    for name in tensor_shapes(model.config):
-        views[name].copy_(load(name))
+    load_into(dict(parameter_views(model)), load)
+
+
+@torch.no_grad()
+def load_into(views: dict[str, Tensor], load: Callable[[str], Tensor]) -> None:
+    """Copy the tensor that `load(name)` gives into every view."""
+    for name, view in views.items():
+        view.copy_(load(name))
 
 
 def parameter_views(model: Transformer) -> Iterator[tuple[str, Tensor]]:
     """(canonical name, view of the parameter's data) for every tensor of the model."""
-    for name, parameter in model.named_parameters():
+    return named_views(model.named_parameters(), model.config)
+
+
+def named_views(
+    parameters: Iterable[tuple[str, Tensor]], config: ModelConfig
+) -> Iterator[tuple[str, Tensor]]:
+    """As parameter_views, for the named parameters of a part of a model with this config."""
+    for name, parameter in parameters:
         data = parameter.data
-        before, stacked, leaf = name.partition(".moe.experts.")
+        before, stacked, leaf = name.partition("moe.experts.")
         if not stacked:
             yield name, data
             continue
         part, _, bias = leaf.partition("_")
         kind = "bias" if bias else "weight"
         for expert, rows in enumerate(data.unbind(0)):
-            place = f"{before}.moe.experts.{expert}"
-            if part == "up" and model.config.activation == "swiglu":
+            place = f"{before}moe.experts.{expert}"
+            if part == "up" and config.activation == "swiglu":
                 gate, up = rows.chunk(2, dim=0)
                 yield f"{place}.gate.{kind}", gate
                 yield f"{place}.up.{kind}", up

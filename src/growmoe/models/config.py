@@ -36,7 +36,9 @@ class MoEConfig:
     ffn_size: int
     """Width F of one expert."""
     renormalize: bool = True
-    """Divide the top-k weights by their sum (Mixtral); False keeps raw softmax weights."""
+    """Divide the top-k weights by their sum (Mixtral); False keeps raw scores."""
+    scoring: Literal["softmax", "sigmoid"] = "softmax"
+    """How router logits become scores (sigmoid: DeepSeek-V3)."""
     mix: Mix = "none"
     """Fixed branch beside the experts: none, or added by `sum` (DeepSpeed-MoE paper), `softmax2`
     (DeepSpeed code: two softmax coefficients), `sigmoid_gate` (Qwen2-MoE shared expert)."""

@@ -34,6 +34,8 @@ def _obstacle(
         return "it has RMSNorm, rotary positions and SwiGLU only"
     if (config.moe is not None) != moe:
         return "it has experts in no layer" if not moe else "it needs experts"
+    if config.moe is not None and config.moe.scoring != "softmax":
+        return "its router takes a softmax"
     if config.qk_norm != qk_norm:
         return "it always normalises queries and keys" if qk_norm else "it has no QK-norm"
     if config.sliding_window and not window:
@@ -264,9 +266,10 @@ def _moe_from_hf(kind: str, raw: Mapping[str, Any]) -> MoEConfig | None:
     )
 
 
-def config_to_hf(config: ModelConfig, dtype: str) -> dict[str, Any]:
-    """The `config.json` of `config`, written as `pick_family(config)` with weights in `dtype`."""
-    name = pick_family(config)
+def config_to_hf(config: ModelConfig, dtype: str, family: str | None = None) -> dict[str, Any]:
+    """The `config.json` of `config`, written as `family` (default `pick_family(config)`) with
+    weights in `dtype`."""
+    name = family or pick_family(config)
     head = {"architectures": [FAMILIES[name].architecture], "model_type": name}
     # Both spellings: transformers 5 reads dtype and rope_parameters, older readers the others.
     tail = {"dtype": dtype, "torch_dtype": dtype}

@@ -44,21 +44,25 @@ class MLP(nn.Module):
 
 
 class Router(nn.Module):
-    """Softmax top-k router, always in float32 or wider."""
+    """Softmax or sigmoid top-k router, always in float32 or wider."""
 
     def __init__(self, config: ModelConfig, experts: int) -> None:
         super().__init__()
         assert config.moe is not None
         self.weight = nn.Parameter(torch.empty(experts, config.hidden_size))
         self.top_k, self.renormalize = config.moe.top_k, config.moe.renormalize
+        self.scoring = config.moe.scoring
 
     def forward(self, x_TD: Tensor) -> Routing:
         """Choose K of E experts for every token."""
         with torch.autocast(x_TD.device.type, enabled=False):
             wide = torch.promote_types(x_TD.dtype, torch.float32)
             logits_TE = F.linear(x_TD.to(wide), self.weight.to(wide))
-        probs_TE = logits_TE.softmax(-1)
-        weights_TK, experts_TK = probs_TE.topk(self.top_k, dim=-1)
+        scores_TE = logits_TE.softmax(-1) if self.scoring == "softmax" else logits_TE.sigmoid()
+        weights_TK, experts_TK = scores_TE.topk(self.top_k, dim=-1)
+        probs_TE = scores_TE  # the balance loss wants probabilities: they add up to one
+        if self.scoring == "sigmoid":
+            probs_TE = scores_TE / scores_TE.sum(-1, keepdim=True)
         if self.renormalize:
             weights_TK = weights_TK / weights_TK.sum(-1, keepdim=True)
         counts_E = torch.bincount(experts_TK.reshape(-1), minlength=logits_TE.shape[1])

@@ -9,10 +9,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 from growmoe.errors import UsageError
-from growmoe.models.config import ModelConfig, MoEConfig
+from growmoe.models.config import ModelConfig
 
-Method = Literal["identity", "stack", "interpolate"]
-_MOE_FAMILY = {"llama": "mixtral", "mistral": "mixtral", "qwen2": "qwen2_moe", "qwen3": "qwen3_moe"}
+Method = Literal["identity", "stack", "interpolate", "dus"]
 
 
 def head_maps(H: int, K: int, new_H: int, new_K: int) -> tuple[list[int], list[int]]:
@@ -23,7 +22,10 @@ def head_maps(H: int, K: int, new_H: int, new_K: int) -> tuple[list[int], list[i
     Raises UsageError when K' < K (never exact) or when a group has no room for its heads.
     """
     if new_K < K:
-        raise UsageError(f"{new_K} kv heads cannot hold {K}: merging kv heads is never exact")
+        raise UsageError(
+            f"{new_K} kv heads cannot hold {K}: merging kv heads is never exact; ask for it with "
+            "merge_kv: mean"
+        )
     if new_H % new_K:
         raise UsageError(f"{new_H} heads are not a multiple of {new_K} kv heads")
     group, new_group = H // K, new_H // new_K
@@ -119,6 +121,13 @@ class DepthMap:
     source: tuple[int, ...]
     silent: frozenset[int] = frozenset()
 
+    def origin(self, name: str) -> str:
+        """The source's tensor that the tensor `name` of the deeper model comes from."""
+        if not name.startswith("layers."):
+            return name
+        _, layer, rest = name.split(".", 2)
+        return f"layers.{self.source[int(layer)]}.{rest}"
+
 
 def depth_map(old: int, new: int, method: Method, guard: tuple[int, int] = (0, 0)) -> DepthMap:
     """The map from `old` to `new` layers; `guard` keeps that many first and last layers single.
@@ -126,7 +135,9 @@ def depth_map(old: int, new: int, method: Method, guard: tuple[int, int] = (0, 0
     - identity: copies with silent branches, spread evenly (LLaMA-Pro);
     - stack: layer l copies l mod L (StackBERT);
     - interpolate: layer l copies floor(l L / L'), the formula of AquilaMoE's eq. (3) with the
-      printed fraction turned over (as printed it indexes past the source).
+      printed fraction turned over (as printed it indexes past the source);
+    - dus: the model twice, without the last m layers of the first and the first m of the second
+      copy, m = L - L'/2 (SOLAR's depth up-scaling).
     """
     if new < old:
         raise UsageError(f"cannot grow: layers {new} is smaller than the source's {old}")
@@ -136,12 +147,25 @@ def depth_map(old: int, new: int, method: Method, guard: tuple[int, int] = (0, 0
         raise UsageError(f"guard {first}+{last} leaves none of {old} layers to duplicate")
     if method == "identity":
         return _identity_map(old, new)
+    if method == "dus":
+        if new % 2 or new > 2 * old:
+            raise UsageError(
+                f"depth dus makes an even number of at most {2 * old} layers, not {new}"
+            )
+        return DepthMap((*range(new // 2), *range(old - new // 2, old)))
     if method == "stack":
         inner = [layer % middle for layer in range(grown)]
     else:
         inner = [layer * middle // grown for layer in range(grown)]
     layers = [*range(first), *(first + layer for layer in inner), *range(old - last, old)]
     return DepthMap(tuple(layers))
+
+
+def custom_depth_map(old: int, layers: tuple[int, ...]) -> DepthMap:
+    """Layer i copies `layers[i]`; raises UsageError for a layer that does not exist."""
+    if outside := [layer for layer in layers if not 0 <= layer < old]:
+        raise UsageError(f"depth: layer {outside[0]} is not one of the layers 0 to {old - 1}")
+    return DepthMap(layers)
 
 
 def _identity_map(old: int, new: int) -> DepthMap:
@@ -165,39 +189,21 @@ def check_vocab(source: ModelConfig, vocab: int) -> None:
         )
 
 
-def expert_counts(layers: int, experts: int, where: str) -> tuple[int, ...]:
-    """Experts per layer: `all`, `second` (every second layer, 2, 4, ... counted from 1), or a
-    comma-separated list of layer numbers counted from 0."""
-    if where == "all":
-        return (experts,) * layers
-    if where == "second":
-        return tuple(experts if layer % 2 else 0 for layer in range(layers))
-    try:
-        chosen = {int(part) for part in where.split(",")}
-    except ValueError:
+def merged_kv_config(source: ModelConfig, kv_heads: int) -> ModelConfig:
+    """The shape after averaging neighbouring key/value heads (lossy); raises UsageError when they
+    cannot be averaged in groups of one size."""
+    if source.num_kv_heads % kv_heads:
         raise UsageError(
-            f"layers '{where}' is neither 'all', 'second' nor a list like '3,5,7'"
-        ) from None
-    if outside := sorted(layer for layer in chosen if not 0 <= layer < layers):
-        raise UsageError(f"layer {outside[0]} is not one of the layers 0 to {layers - 1}")
-    return tuple(experts if layer in chosen else 0 for layer in range(layers))
+            f"merge_kv: {source.num_kv_heads} kv heads do not divide into {kv_heads} groups"
+        )
+    return source.replace(num_kv_heads=kv_heads)
 
 
-def upcycled_config(
-    source: ModelConfig, experts: int, top_k: int, layers: str = "all", renormalize: bool = True
-) -> ModelConfig:
-    """The shape after sparse upcycling; raises UsageError when the source is a MoE already, or
-    experts < top_k."""
-    if source.moe is not None:
-        raise UsageError("the source is a mixture of experts already")
-    if top_k < 1:
-        raise UsageError(f"top-k must be at least 1, not {top_k}")
-    if experts < top_k:
-        raise UsageError(f"experts ({experts}) are fewer than top-k ({top_k})")
-    moe = MoEConfig(
-        experts=expert_counts(source.num_layers, experts, layers),
-        top_k=top_k,
-        ffn_size=source.ffn_size,
-        renormalize=renormalize,
-    )
-    return source.replace(moe=moe, family=_MOE_FAMILY.get(source.family, source.family))
+def aki_origins(name: str, layers: int) -> tuple[str, ...]:
+    """The source tensors of a tensor under AKI: its own, and for every projection that is not in
+    the last layer the one of the layer above."""
+    if not name.startswith("layers.") or "norm" in name:
+        return (name,)
+    _, layer, rest = name.split(".", 2)
+    above = int(layer) + 1
+    return (name,) if above == layers else (name, f"layers.{above}.{rest}")

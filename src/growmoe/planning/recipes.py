@@ -1,6 +1,5 @@
 """The shape of every model in a recipe, worked out before anything runs. Imports no torch."""
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -8,14 +7,10 @@ from growmoe.errors import GrowmoeError, UsageError
 from growmoe.files import read_json
 from growmoe.models.config import ModelConfig
 from growmoe.models.families import config_from_hf, pick_family
+from growmoe.models.growing import plan_growth
 from growmoe.models.presets import preset
-from growmoe.models.shapes import (
-    check_vocab,
-    deepened_config,
-    depth_map,
-    upcycled_config,
-    widened_config,
-)
+from growmoe.models.upcycling import Upcycling, upcycled_config
+from growmoe.planning.scratch import Spent, scratch_warning, spent_on
 from growmoe.recipe import (
     GrowStage,
     InitModel,
@@ -84,10 +79,11 @@ def describe(config: ModelConfig, context: int | None = None) -> dict[str, Any]:
 
 
 def plan_recipe(recipe: Recipe) -> list[dict[str, Any]]:
-    """One entry per stage with what it will make. Raises UsageError with every impossible step;
-    stages that build on an impossible one are left out."""
+    """One entry per stage with what it will make, and `warnings`. Raises UsageError with every
+    impossible step; stages that build on an impossible one are left out."""
     configs: dict[str, ModelConfig | None] = {}
     vocabs: dict[str, int] = {}
+    spent: dict[str, Spent] = {}
     plan = []
     problems = []
     for index, stage in enumerate(recipe.stages):
@@ -104,13 +100,37 @@ def plan_recipe(recipe: Recipe) -> list[dict[str, Any]]:
             if config is not None:
                 context = stage.sequence_length if isinstance(stage, TrainStage) else None
                 entry |= describe(config, context)
-            if isinstance(stage, TrainStage):
-                entry["tokens"] = stage.steps * stage.tokens_per_step
-                entry["flops"] = 3 * entry["tokens"] * entry.get("flops_per_token", 0)
+                before = _spent_before(stage, spent)
+                spent[stage.name] = before
+                if isinstance(stage, TrainStage):
+                    entry["tokens"] = stage.steps * stage.tokens_per_step
+                    entry["flops"] = 3 * entry["tokens"] * entry["flops_per_token"]
+                    moe = config.moe is not None
+                    after = before.trained(entry["tokens"], entry["flops"], moe)
+                    spent[stage.name] = after
+                    if moe and stage.model is not None:
+                        entry["warnings"] = scratch_warning(after, Spent(), stage.model)
         plan.append(entry)
     if problems:
         raise UsageError("\n".join(problems))
     return plan
+
+
+def _spent_before(stage: TrainStage | GrowStage | UpcycleStage, spent: dict[str, Spent]) -> Spent:
+    """What the model that a stage starts from has cost."""
+    if stage.model is None:
+        return Spent()
+    if stage.model in spent and stage.pretrained_tokens is None:
+        return spent[stage.model]
+    path = Path(stage.model)
+    return spent_on(path, config_of(path), stage.pretrained_tokens)
+
+
+def config_to_train(stage: TrainStage) -> ModelConfig:
+    """The shape that a train stage starts with, when it stands alone."""
+    config = _config_after(stage, {}, {})
+    assert config is not None
+    return config
 
 
 def _config_after(
@@ -131,8 +151,8 @@ def _config_after(
     if isinstance(stage, TrainStage):
         return check_context(stage, source)
     if isinstance(stage, UpcycleStage):
-        return upcycled_config(source, stage.experts, stage.top_k, stage.layers)
-    return _grown(source, stage)
+        return upcycled_config(source, Upcycling.of(stage))
+    return plan_growth(source, stage, vocab_target(stage, source)).config
 
 
 def check_context(stage: TrainStage, config: ModelConfig) -> ModelConfig:
@@ -159,37 +179,16 @@ def _corpus_vocab(path: str) -> int:
     return int(read_json(Path(path) / "manifest.json")["tokenizer"]["vocab_size"])
 
 
-def _grown(source: ModelConfig, stage: GrowStage) -> ModelConfig:
-    """All obstacles of one growth at once."""
-    problems = []
-    steps: list[Callable[[ModelConfig], ModelConfig]] = [
-        lambda c: widened_config(
-            c,
-            hidden=stage.hidden,
-            heads=stage.heads,
-            kv_heads=stage.kv_heads,
-            head_dim=stage.head_dim,
-            ffn=stage.ffn,
-            zero_pad=stage.units == "zero_pad",
-        ),
-        lambda c: _deeper(c, stage, stage.layers) if stage.layers else c,
-        lambda c: _larger_vocab(c, stage.vocab) if stage.vocab else c,
-    ]
-    config = source
-    for step in steps:
-        try:
-            config = step(config)
-        except GrowmoeError as error:
-            problems.append(str(error).removeprefix("cannot grow: "))
-    if problems:
-        raise UsageError("cannot grow: " + "; ".join(problems))
-    return config
+def vocab_target(spec: GrowStage, source: ModelConfig) -> int | None:
+    """The vocabulary that a growth leads to when a new tokenizer sets it; None leaves it alone.
 
+    Raises UsageError when the tokenizer has fewer tokens than the model's."""
+    if spec.vocab_tokenizer is None:
+        return spec.vocab
+    from growmoe.data.tokenizer import load_tokenizer
 
-def _deeper(config: ModelConfig, stage: GrowStage, layers: int) -> ModelConfig:
-    return deepened_config(config, depth_map(config.num_layers, layers, stage.depth_method).source)
-
-
-def _larger_vocab(config: ModelConfig, vocab: int) -> ModelConfig:
-    check_vocab(config, vocab)
-    return config.replace(vocab_size=vocab)
+    size = load_tokenizer(Path(spec.vocab_tokenizer)).get_vocab_size()
+    wanted = spec.vocab or max(size, source.vocab_size)
+    if wanted < size:
+        raise UsageError(f"vocab {wanted} cannot hold the {size} tokens of {spec.vocab_tokenizer}")
+    return wanted

@@ -8,8 +8,8 @@ from growmoe.artifacts import check_sequences, fitting_corpus, sizes
 from growmoe.data.tokenizer import load_tokenizer
 from growmoe.errors import UsageError
 from growmoe.evaluation.tasks import score
-from growmoe.growth.verify import run as run_sequences
-from growmoe.models.checkpoint import load_model
+from growmoe.models.checkpoint import load_model, open_source
+from growmoe.models.streamed import streamed_logits
 from growmoe.recipe import EvaluateStage
 from growmoe.training.losses import cross_entropy
 from growmoe.training.validation import domain_losses, expert_loads, mean_loss
@@ -32,7 +32,7 @@ def run(spec: EvaluateStage, staged: Path | None, work: Path | None) -> dict[str
             result["expert_load"] = expert_loads(model, windows)
     if spec.text is not None:
         sequences, _ = check_sequences(path, model.config, spec.text, None, spec.seed)
-        logits = run_sequences(model, sequences)
+        logits = streamed_logits(open_source(path), sequences, "float32")
         total = sum(
             float(cross_entropy(x[None, :-1], ids[None, 1:])) * (len(ids) - 1)
             for x, ids in zip(logits, sequences)

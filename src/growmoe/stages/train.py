@@ -7,8 +7,9 @@ from typing import Any
 from growmoe.artifacts import fitting_corpus, history, lineage_of, sizes
 from growmoe.data.corpus import Corpus
 from growmoe.errors import UsageError
-from growmoe.models.checkpoint import copy_tokenizer, load_model, save_model, write_lineage
+from growmoe.models.checkpoint import copy_tokenizer, load_model, save_model
 from growmoe.models.config import ModelConfig
+from growmoe.models.lineage import write_lineage
 from growmoe.models.presets import preset
 from growmoe.models.transformer import Transformer
 from growmoe.planning.recipes import check_context, initial_config
@@ -43,6 +44,7 @@ def run(spec: TrainStage, staged: Path, work: Path) -> dict[str, Any]:
             "arithmetic": trainer.dtype,
             "tokens_total": parent.get("tokens_total", 0) + outcome.tokens,
             "flops_total": parent.get("flops_total", 0) + flops,
+            **({"dense_spent": parent["dense_spent"]} if "dense_spent" in parent else {}),
             "history": history(parent, "train", source, exact=False),
         },
     )

@@ -214,7 +214,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 def _fingerprint(spec: TrainStage, corpus: Corpus, model: Transformer, dtype: str) -> str:
     """Equal for runs whose steps are the same: start, all options, and the corpus's content."""
-    ignored = {"name", "data", "dtype", "checkpoint_every"}
+    ignored = {"name", "data", "dtype", "checkpoint_every", "pretrained_tokens"}
     options = spec.model_dump(mode="json", exclude=ignored)
     text = json.dumps([options, dtype, corpus.manifest.get("hash")], sort_keys=True)
     digest = hashlib.sha256(text.encode())

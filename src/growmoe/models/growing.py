@@ -1,0 +1,118 @@
+"""A growth put together: the steps, the shape they lead to, and whether they keep the function.
+
+The planner and `growth.compose` both work from this, so a plan and the work cannot disagree.
+Imports no torch.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from growmoe.errors import GrowmoeError, UsageError
+from growmoe.models.config import ModelConfig
+from growmoe.models.shapes import (
+    DepthMap,
+    aki_origins,
+    check_vocab,
+    custom_depth_map,
+    deepened_config,
+    depth_map,
+    merged_kv_config,
+    widened_config,
+)
+from growmoe.recipe import GrowStage
+
+
+@dataclass(frozen=True)
+class Growth:
+    """Order: vocabulary, merged kv heads, width, depth, noise. None leaves a step out."""
+
+    config: ModelConfig
+    """The shape at the end."""
+    vocab: int | None
+    merged_kv: int | None
+    widens: bool
+    aki: bool
+    depth: DepthMap | None
+    lossy: tuple[str, ...]
+    """Why it is not the same function; empty when it is declared exact."""
+
+    def origins(self, name: str, old_layers: int) -> tuple[str, ...]:
+        """The source tensors (one, or two under AKI) that the tensor `name` is made from."""
+        before = self.depth.origin(name) if self.depth else name
+        return aki_origins(before, old_layers) if self.aki else (before,)
+
+
+def plan_growth(source: ModelConfig, spec: GrowStage, vocab: int | None = None) -> Growth:
+    """The growth that `spec` asks for; `vocab` stands in for a vocabulary that only the tokenizer
+    knows. Raises UsageError that names every obstacle at once."""
+    vocab = spec.vocab or vocab
+    problems: list[str] = []
+
+    def attempt(step: Callable[[ModelConfig], ModelConfig], config: ModelConfig) -> ModelConfig:
+        try:
+            return step(config)
+        except GrowmoeError as error:
+            problems.append(str(error).removeprefix("cannot grow: "))
+            return config
+
+    def larger_vocab(config: ModelConfig) -> ModelConfig:
+        check_vocab(config, vocab or config.vocab_size)
+        return config.replace(vocab_size=vocab or config.vocab_size)
+
+    merged = None
+    if spec.merge_kv and spec.kv_heads and spec.kv_heads < source.num_kv_heads:
+        merged = spec.kv_heads
+    config = attempt(larger_vocab, source)
+    if merged:
+        config = attempt(lambda c: merged_kv_config(c, merged), config)
+    widens = any((spec.hidden, spec.heads, spec.head_dim, spec.ffn)) or (
+        bool(spec.kv_heads) and not merged
+    )
+    if widens:
+        config = attempt(lambda c: _widened(c, spec), config)
+    aki = widens and spec.method in ("aki", "aki-pro")
+    if aki and source.moe is not None:
+        problems.append("AKI is defined for dense models only")
+    depth = None
+    try:
+        depth = _depth(source, spec)
+    except UsageError as error:
+        problems.append(str(error).removeprefix("cannot grow: "))
+    if problems:
+        raise UsageError("cannot grow: " + "; ".join(problems))
+    lossy = tuple(_lossy(source, config, spec, merged, widens, depth))
+    if depth is not None:
+        config = deepened_config(config, depth.source)
+    return Growth(config, vocab, merged, widens, aki, depth, lossy)
+
+
+def _widened(config: ModelConfig, spec: GrowStage) -> ModelConfig:
+    return widened_config(
+        config, hidden=spec.hidden, heads=spec.heads, kv_heads=spec.kv_heads,
+        head_dim=spec.head_dim, ffn=spec.ffn, zero_pad=spec.units == "zero_pad",
+    )  # fmt: skip
+
+
+def _depth(source: ModelConfig, spec: GrowStage) -> DepthMap | None:
+    method, old = spec.depth_method, source.num_layers
+    if isinstance(method, list):
+        return custom_depth_map(old, tuple(method))
+    if spec.layers is None or spec.layers == old:
+        return None
+    return depth_map(old, spec.layers, method, spec.guard)
+
+
+def _lossy(
+    source: ModelConfig, wide: ModelConfig, spec: GrowStage, merged: int | None, widens: bool,
+    depth: DepthMap | None,
+) -> Iterator[str]:  # fmt: skip
+    if merged:
+        yield f"{source.num_kv_heads} kv heads are averaged into {merged}"
+    if widens and spec.method in ("aki", "aki-pro"):
+        yield "AKI takes new units from the next layer"
+    elif widens and spec.method == "fpi" and wide.hidden_size % source.hidden_size:
+        yield "FPI does not correct the norms at a ratio that is no whole number"
+    if depth is not None and not depth.silent and depth.source != tuple(range(source.num_layers)):
+        yield "layers that occur twice, or not at all, change the function"
+    if spec.noise == "everywhere" and spec.noise_db is not None:
+        yield "noise is added to every matrix"

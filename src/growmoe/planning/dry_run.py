@@ -1,0 +1,130 @@
+"""What a verb would do and make, worked out without reading a weight. Imports no torch."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+from growmoe.errors import GrowmoeError, UsageError
+from growmoe.files import read_json
+from growmoe.models.config import DTYPE_BYTES, ModelConfig
+from growmoe.models.growing import plan_growth
+from growmoe.models.upcycling import Upcycling, upcycled_config, why_lossy
+from growmoe.planning.origins import growth_origins, origin_table, upcycling_origins
+from growmoe.planning.recipes import config_of, config_to_train, describe, vocab_target
+from growmoe.planning.scratch import Spent, scratch_warning, spent_on
+from growmoe.recipe import GrowStage, PrepareStage, TrainStage, UpcycleStage
+
+
+def dry_run(spec: Any, out: Path | None = None) -> dict[str, Any]:
+    """Shapes in and out, parameters, bytes, FLOPs per token, tensor origins and warnings of one
+    stage. Raises UsageError when the stage is impossible or `out` exists."""
+    if out is not None and out.exists():
+        raise UsageError(f"{out} already exists; choose another output directory or remove it")
+    plan: dict[str, Any] = {"dry_run": True, "stage": spec.stage}
+    if out is not None:
+        plan["output"] = str(out)
+        plan["disk_free"] = shutil.disk_usage(_existing(out)).free
+    if isinstance(spec, GrowStage | UpcycleStage):
+        return plan | _derived(spec, plan.get("disk_free"))
+    if isinstance(spec, TrainStage):
+        return plan | _training(spec)
+    if isinstance(spec, PrepareStage):
+        return plan | _preparing(spec)
+    models = [key for key in ("model", "a", "b") if getattr(spec, key, None)]
+    for key in models:
+        path = Path(getattr(spec, key))
+        plan[key] = {"path": str(path), **describe(config_of(path))}
+    for key in ("text", "data", "tasks", "tokens", "prompts", "max_tokens"):
+        if getattr(spec, key, None):
+            plan[key] = getattr(spec, key)
+    return plan
+
+
+def _existing(path: Path) -> Path:
+    path = path.absolute()
+    while not path.exists():
+        path = path.parent
+    return path
+
+
+def stored_dtype(path: Path) -> str:
+    """The dtype that a model's config.json names; float32 for GGUF (dequantised) and for none."""
+    if path.suffix == ".gguf":
+        return "float32"
+    raw = read_json(path / "config.json" if path.is_dir() else path)
+    name = raw.get("dtype") or raw.get("torch_dtype")
+    return name if name in DTYPE_BYTES else "float32"
+
+
+def _derived(spec: GrowStage | UpcycleStage, free: int | None) -> dict[str, Any]:
+    path = Path(spec.model)
+    source = config_of(path)
+    dtype = spec.dtype or stored_dtype(path)
+    layers = None
+    if isinstance(spec, GrowStage):
+        growth = plan_growth(source, spec, vocab_target(spec, source))
+        target, lossy = growth.config, list(growth.lossy)
+        origins = growth_origins(source, growth)
+        layers = list(growth.depth.source) if growth.depth else None
+    else:
+        up = Upcycling.of(spec)
+        target = upcycled_config(source, up)
+        assert target.moe is not None
+        reason = why_lossy(up, target.moe.experts)
+        lossy = [reason] if reason else []
+        origins = upcycling_origins(target)
+    before, after = _shape(source, stored_dtype(path)), _shape(target, dtype)
+    warnings = []
+    if free is not None and after["bytes_on_disk"] > free:
+        warnings.append(f"only {free >> 20} MiB are free where {after['bytes_on_disk'] >> 20} go")
+    if target.moe is not None:
+        said = spec.pretrained_tokens
+        warnings += scratch_warning(spent_on(path, source, said), Spent(), str(path))
+    return {
+        "in": {"path": str(path), **before},
+        "out": after,
+        "declared_exact": not lossy,
+        **({"lossy_because": lossy} if lossy else {}),
+        **({"layer_map": layers} if layers else {}),
+        "verification": "logits against the source" if spec.verify else "left out: unverified",
+        "warnings": warnings,
+        "tensors": origin_table(source, target, origins),
+    }
+
+
+def _shape(config: ModelConfig, dtype: str) -> dict[str, Any]:
+    found = describe(config)
+    del found["bytes"]
+    return {**found, "dtype": dtype, "bytes_on_disk": config.bytes(dtype)}
+
+
+def _training(spec: TrainStage) -> dict[str, Any]:
+    config = config_to_train(spec)
+    tokens = spec.steps * spec.tokens_per_step
+    flops = 3 * tokens * config.flops_per_token(spec.sequence_length)
+    # weights, gradients and two moments in float32
+    memory = 16 * config.params_total()
+    warnings = []
+    if spec.model is not None and config.moe is not None:
+        before = spent_on(Path(spec.model), config, spec.pretrained_tokens)
+        warnings = scratch_warning(before, Spent(moe_tokens=tokens, moe_flops=flops), spec.model)
+    return {
+        "out": _shape(config, "float32"), "steps": spec.steps, "tokens": tokens, "flops": flops,
+        "state_bytes": memory, "warnings": warnings,
+    }  # fmt: skip
+
+
+def _preparing(spec: PrepareStage) -> dict[str, Any]:
+    sources = []
+    for source in spec.sources:
+        path = Path(source.path)
+        found: dict[str, Any] = {"name": source.name, "path": source.path, "weight": source.weight}
+        if path.is_file():
+            found["bytes"] = path.stat().st_size
+        elif path.is_dir():
+            files = [file for file in path.rglob("*") if file.is_file()]
+            found |= {"files": len(files), "bytes": sum(file.stat().st_size for file in files)}
+        elif ":" not in source.path and not any(c in source.path for c in "*?["):
+            raise GrowmoeError(f"source {source.name}: {source.path} does not exist")
+        sources.append(found)
+    return {"sources": sources, "tokenizer": spec.tokenizer.model_dump(exclude_none=True)}

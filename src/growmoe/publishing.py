@@ -1,0 +1,209 @@
+"""A model made from another one: written shard by shard, checked, and published whole."""
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from growmoe.artifacts import (
+    check_sequences,
+    corpus_loss,
+    fitting_corpus,
+    free_memory,
+    history,
+    lineage_of,
+    note,
+    report_check,
+    sizes,
+)
+from growmoe.errors import GrowmoeError, UsageError
+from growmoe.files import read_json, write_json
+from growmoe.growth.verify import Comparison, compare
+from growmoe.models.checkpoint import (
+    Directory,
+    Source,
+    copy_tokenizer,
+    disk_free,
+    plan_shards,
+    write_model,
+)
+from growmoe.models.config import ModelConfig
+from growmoe.models.families import pick_family
+from growmoe.models.lineage import write_lineage
+from growmoe.progress import Progress
+from growmoe.tokenizer_check import check_tokenizer
+from growmoe.training.validation import mean_loss
+
+MIB = 2**20
+
+
+def publish_derived(
+    staged: Path, work: Path, source_path: Path, source: Source, derived: Source, *,
+    lossy: tuple[str, ...], operation: str, spec: Any, tokenizer: Path | None = None,
+    vocab: int | None = None,
+) -> dict[str, Any]:  # fmt: skip
+    """Write `derived`, check it against `source` after reading it back, and note its lineage.
+
+    Shards are written into `work`; after an interruption the same call goes on with the next one.
+    `tokenizer` replaces the parent's; `vocab` limits the check to the tokens both have.
+    Raises GrowmoeError when it is declared exact (`lossy` is empty) and is not: then nothing is
+    published and nothing kept.
+    """
+    dtype = spec.dtype or source.dtype
+    # the text first: a wrong one is to be found before hours of writing
+    text = None
+    if spec.verify:
+        text = check_sequences(source_path, source.config, spec.text, spec.data, spec.seed)
+    with _resumable(work, operation, spec, source_path) as folder:
+        _write(folder, derived, dtype, operation, spec.shard_gb)
+        home = tokenizer or source_path
+        tokens = check_tokenizer(home, _copy_tokenizer(home, folder), derived.config)
+        checks, losses = _check(folder, source_path, source, text, spec, lossy, vocab)
+        for file in sorted(folder.iterdir()):
+            os.rename(file, staged / file.name)
+    parent = lineage_of(source_path)
+    lineage = {
+        "name": spec.name,
+        "operation": operation,
+        "parent": str(source_path),
+        "options": spec.model_dump(mode="json", exclude_none=True),
+        "declared_exact": not lossy,
+        "lossy_because": list(lossy),
+        "checks": {**checks, **tokens},
+        "engines": {} if "unverified" in checks else {"growmoe": "logits compared"},
+        "tokens_total": parent.get("tokens_total", 0),
+        "flops_total": parent.get("flops_total", 0),
+        "history": history(parent, operation, source_path, exact=not lossy),
+    }
+    if operation == "upcycle":
+        dense = {key: parent.get(f"{key}_total", 0) for key in ("tokens", "flops")}
+        lineage["dense_spent"] = {**dense, "tokens": spec.pretrained_tokens or dense["tokens"]}
+    elif "dense_spent" in parent:
+        lineage["dense_spent"] = parent["dense_spent"]
+    write_lineage(staged, lineage)
+    return {
+        **sizes(derived.config), "tokens": 0, "flops": 0,
+        "loss_before": checks.get("ce_a"), "loss_after": checks.get("ce_b"),
+        "exact": checks.get("exact"), "declared_exact": not lossy,
+        **({"lossy_because": list(lossy)} if lossy else {}),
+        **losses, "check": checks,
+    }  # fmt: skip
+
+
+def _write(folder: Path, derived: Source, dtype: str, label: str, shard_gb: float) -> None:
+    config, limit = derived.config, int(shard_gb * 2**30)
+    _check_disk(folder, config, dtype)
+    total = config.bytes(dtype) / MIB
+    progress = Progress(label, max(1, round(total)), "MiB")
+    files = plan_shards(config, pick_family(config), dtype, limit)
+    kept = [file for file in files if (folder / file).exists()]
+    if kept:
+        print(f"{label}: {len(kept)} of {len(files)} files are there already", file=sys.stderr)
+    write_model(
+        folder, config, derived.load, dtype, shard_limit=limit,
+        on_bytes=lambda done: progress.update(round(done / MIB)),
+    )  # fmt: skip
+    progress.finish("written")
+
+
+def _check(
+    folder: Path, source_path: Path, source: Source, text: tuple[list[Tensor], str] | None,
+    spec: Any, lossy: tuple[str, ...], vocab: int | None,
+) -> tuple[dict[str, Any], dict[str, Any]]:  # fmt: skip
+    """(what the check found, losses by domain when there is a corpus)."""
+    if text is None:
+        print("check: left out (--no-verify): the output is unverified", file=sys.stderr)
+        return {"unverified": True}, {}
+    sequences, origin = text
+    written = Directory(folder)
+    check = compare(
+        source, written, sequences, memory_bytes=free_memory(), note=note, vocab=vocab
+    )  # fmt: skip
+    report_check(check, not lossy)
+    _refuse_inexact(check, lossy)
+    losses: dict[str, Any] = {}
+    found = {**check.as_dict(), "text": origin}
+    if spec.data is not None:
+        corpus = fitting_corpus(source_path, source.config, spec.data)
+        before, after = corpus_loss(source, corpus), corpus_loss(written, corpus)
+        losses = {"validation_before": before, "validation_after": after}
+        losses |= {"loss_before": mean_loss(before), "loss_after": mean_loss(after)}
+    return found, losses
+
+
+def _refuse_inexact(check: Comparison, lossy: tuple[str, ...]) -> None:
+    if not lossy and not check.exact:
+        raise GrowmoeError(
+            f"the result was declared exact, but the largest logit difference "
+            f"{check.max_abs_logit_diff:.3g} is above the tolerance {check.tolerance:.3g} "
+            f"({check.noise_floor:.3g} noise floor); nothing was published"
+        )
+
+
+def _copy_tokenizer(home: Path, folder: Path) -> Path:
+    if home.suffix == ".gguf":
+        from growmoe.models.gguf import export_tokenizer
+
+        export_tokenizer(home, folder)
+    else:
+        copy_tokenizer(home, folder)
+    return folder
+
+
+@contextlib.contextmanager
+def _resumable(work: Path, operation: str, spec: Any, source_path: Path) -> Iterator[Path]:
+    """The folder in `work` that finished shards wait in until all are there.
+
+    It outlives an interruption (Ctrl-C, kill -9) and is emptied by a failure. Raises UsageError
+    when another operation, other options or another source left one there.
+    """
+    folder, mark = work / "model", work / "unfinished.json"
+    ignored = {"name", "text", "data", "verify"}
+    wanted = {
+        "operation": operation,
+        "options": spec.model_dump(mode="json", exclude=ignored),
+        "source": _identity(source_path),
+    }
+    if mark.exists() and read_json(mark) != wanted:
+        raise UsageError(
+            f"{work} holds an unfinished {read_json(mark).get('operation')} with other options or "
+            "from another input; remove it to start over"
+        )
+    folder.mkdir(exist_ok=True)
+    write_json(mark, wanted)
+    try:
+        yield folder
+    except KeyboardInterrupt:
+        print(f"\nfinished files are kept in {work}; the same command continues", file=sys.stderr)
+        raise
+    except BaseException:
+        mark.unlink(missing_ok=True)
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+    mark.unlink()
+    folder.rmdir()
+
+
+def _identity(path: Path) -> str:
+    """Changes when the source does."""
+    if path.is_dir():
+        return Directory(path).identity()
+    stat = path.stat()
+    return hashlib.sha256(json.dumps([stat.st_size, stat.st_mtime_ns]).encode()).hexdigest()
+
+
+def _check_disk(folder: Path, config: ModelConfig, dtype: str) -> None:
+    there = sum(file.stat().st_size for file in folder.iterdir())
+    wanted, free = config.bytes(dtype) - there, disk_free(folder)
+    if wanted > free:
+        raise GrowmoeError(
+            f"the model takes {wanted / MIB:.0f} MiB more, but only {free / MIB:.0f} MiB are free "
+            f"on the disk of {folder}"
+        )

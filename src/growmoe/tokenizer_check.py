@@ -1,0 +1,76 @@
+"""Does a model's tokenizer still cut text as its parent's did, through the public class too?
+
+transformers picks a tokenizer class by the model's type, so the same files beside another
+architecture can give other ids (SmolLM2's files beside a qwen2 config do).
+"""
+
+import logging
+from pathlib import Path
+from typing import Any
+
+from growmoe.errors import GrowmoeError
+from growmoe.files import read_json, write_json
+from growmoe.models.config import ModelConfig
+
+PROBE = (
+    "The year 2024 had 366 days;  two  spaces,\ttabs\n\nand lines. naïve café ﬁx x² ½ "
+    "def f(x): return x**2  # 'it''s' don't DON'T\n中文测试：第12号，价格￥99.50。日本語 한국어 🙂 "
+    "https://example.org/a_b?c=1&d=2 1234567890 3.14159 <|im_start|>user<|im_end|>"
+)
+
+
+def check_tokenizer(home: Path, out: Path, config: ModelConfig) -> dict[str, Any]:
+    """Compare the ids of a probe text before (`home`: model directory or GGUF file) and after
+    (`out`), as the tokenizers library and as transformers read the directory.
+
+    When transformers would pick a class that changes them, the class is named in
+    tokenizer_config.json, and tried again. Returns what goes into the lineage ({} without a
+    tokenizer). Raises GrowmoeError when the ids still differ.
+    """
+    if not (out / "tokenizer.json").exists():
+        return {}
+    from growmoe.data.tokenizer import load_tokenizer
+
+    ids = load_tokenizer(out).encode(PROBE, add_special_tokens=False).ids
+    if home.is_dir():
+        before = load_tokenizer(home).encode(PROBE, add_special_tokens=False).ids
+        if before != ids:
+            raise GrowmoeError(f"{out}: the tokenizer cuts a probe text differently from {home}'s")
+    if max(ids, default=0) >= config.vocab_size:
+        raise GrowmoeError(
+            f"{home}: its tokenizer gives token {max(ids)}, outside the vocabulary of "
+            f"{config.vocab_size}; it does not fit the model"
+        )
+    public = _public_ids(out)
+    pinned = False
+    if public is not None and public != ids:
+        _pin_class(out)
+        pinned, public = True, _public_ids(out)
+        if public != ids:
+            raise GrowmoeError(
+                f"{home}: transformers would read this tokenizer as a class that changes it "
+                "(a probe text gets other token ids); set tokenizer_class in its "
+                "tokenizer_config.json to one that reads tokenizer.json as it is"
+            )
+    said = {"same_ids": True, "probe_tokens": len(ids), "class_pinned": pinned}
+    return {"tokenizer": {**said, "transformers": "same ids" if public else "not readable"}}
+
+
+def _public_ids(folder: Path) -> list[int] | None:
+    """Ids by transformers.AutoTokenizer; None when it cannot read the directory."""
+    from transformers import AutoTokenizer
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.set_verbosity_error()
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+    except Exception:  # a growmoe model without registration, or files it does not know
+        return None
+    return tokenizer(PROBE, add_special_tokens=False)["input_ids"]
+
+
+def _pin_class(folder: Path) -> None:
+    path = folder / "tokenizer_config.json"
+    settings = read_json(path) if path.exists() else {}
+    write_json(path, {**settings, "tokenizer_class": "PreTrainedTokenizerFast"})
