@@ -11,22 +11,7 @@ from torch import Tensor
 
 from growmoe.errors import GrowmoeError, UsageError
 from growmoe.models.config import ModelConfig, tensor_shapes
-
-_TOP = {"embed": "token_embd", "norm": "output_norm", "head": "output"}
-_BLOCK = {
-    "attn_norm": "attn_norm", "mlp_norm": "ffn_norm", "attn.q": "attn_q", "attn.k": "attn_k",
-    "attn.v": "attn_v", "attn.o": "attn_output", "attn.q_norm": "attn_q_norm",
-    "attn.k_norm": "attn_k_norm", "mlp.gate": "ffn_gate", "mlp.up": "ffn_up",
-    "mlp.down": "ffn_down",
-}  # fmt: skip
-
-
-def _gguf_name(canonical: str) -> str:
-    stem, _, leaf = canonical.rpartition(".")
-    if not stem.startswith("layers."):
-        return f"{_TOP[stem]}.{leaf}"
-    _, layer, block = stem.split(".", 2)
-    return f"blk.{layer}.{_BLOCK[block]}.{leaf}"
+from growmoe.models.gguf_arch import gguf_name
 
 
 class GGUFFile:
@@ -52,9 +37,9 @@ class GGUFFile:
         self._tensors = {tensor.name: tensor for tensor in self._reader.tensors}
         self.config = self._config()
         for name, shape in tensor_shapes(self.config).items():
-            found = self._tensors.get(_gguf_name(name))
+            found = self._tensors.get(gguf_name(self.config, name))
             if found is None:
-                raise GrowmoeError(f"{path}: tensor {_gguf_name(name)} is missing")
+                raise GrowmoeError(f"{path}: tensor {gguf_name(self.config, name)} is missing")
             have = tuple(int(side) for side in reversed(found.shape))
             if have != shape:
                 raise GrowmoeError(
@@ -78,8 +63,10 @@ class GGUFFile:
             raise GrowmoeError(f"{self.path}: MoE files in GGUF are not read")
         heads = int(self._field(f"{kind}.attention.head_count"))
         hidden = int(self._field(f"{kind}.embedding_length"))
-        if "rope_freqs.weight" in self._tensors or f"{kind}.rope.scaling.type" in self._reader.fields:  # fmt: skip  # noqa: E501
-            raise GrowmoeError(f"{self.path}: scaled rotary positions in GGUF are not read")
+        scaling = self._field(f"{kind}.rope.scaling.type", "none")
+        if "rope_freqs.weight" in self._tensors or scaling not in ("none", "linear"):
+            raise GrowmoeError(f"{self.path}: only linear scaling of rotary positions is read")
+        factor = float(self._field(f"{kind}.rope.scaling.factor", 1.0))
         ids = {
             "bos_token_id": self._field("tokenizer.ggml.bos_token_id", -1),
             "eos_token_id": self._field("tokenizer.ggml.eos_token_id", -1),
@@ -96,8 +83,10 @@ class GGUFFile:
             max_positions=int(self._field(f"{kind}.context_length")),
             norm_eps=round(float(self._field(f"{kind}.attention.layer_norm_rms_epsilon")), 12),
             rope_theta=float(self._field(f"{kind}.rope.freq_base", 10000.0)),
+            rope_scaling=None if scaling == "none" else {"rope_type": scaling, "factor": factor},
             qkv_bias="blk.0.attn_q.bias" in self._tensors,
             o_bias="blk.0.attn_output.bias" in self._tensors,
+            mlp_bias="blk.0.ffn_up.bias" in self._tensors,
             qk_norm="blk.0.attn_q_norm.weight" in self._tensors,
             tied_head="output.weight" not in self._tensors,
             family=kind,
@@ -106,7 +95,7 @@ class GGUFFile:
 
     def load(self, name: str) -> Tensor:
         """The tensor with the canonical `name`, dequantised to float32."""
-        found = self._tensors[_gguf_name(name)]
+        found = self._tensors[gguf_name(self.config, name)]
         array = self._dequantize(found.data, found.tensor_type)
         tensor = torch.from_numpy(array.astype("float32", copy=True))
         if not torch.isfinite(tensor).all():
@@ -114,15 +103,20 @@ class GGUFFile:
         part = name.rpartition(".")[0].rpartition(".")[2]
         if part in ("q", "k") and self.config.family == "llama":
             heads = self.config.num_heads if part == "q" else self.config.num_kv_heads
-            tensor = _unpermute(tensor, heads)
+            tensor = unpermute(tensor, heads)
         return tensor
 
 
-def _unpermute(rows: Tensor, heads: int) -> Tensor:
-    """Undo llama.cpp's reordering of rotary rows (pairs side by side -> halves apart)."""
-    shape = rows.shape
-    pairs = rows.reshape(heads, shape[0] // heads // 2, 2, *shape[1:])
-    return pairs.transpose(1, 2).reshape(shape)
+def permute(rows: Tensor, heads: int) -> Tensor:
+    """Rotary rows in the order of llama.cpp's `llama` (halves apart -> pairs side by side)."""
+    halves = rows.reshape(heads, 2, -1, *rows.shape[1:])
+    return halves.transpose(1, 2).reshape(rows.shape)
+
+
+def unpermute(rows: Tensor, heads: int) -> Tensor:
+    """Undo `permute`."""
+    pairs = rows.reshape(heads, -1, 2, *rows.shape[1:])
+    return pairs.transpose(1, 2).reshape(rows.shape)
 
 
 def export_tokenizer(path: Path, out: Path) -> None:

@@ -1,0 +1,139 @@
+"""Any source that llama.cpp can run, streamed into one GGUF file. Needs the `gguf` extra."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from growmoe.errors import GrowmoeError, UsageError
+from growmoe.models.attention import inverse_frequencies
+from growmoe.models.checkpoint import DTYPES, Source
+from growmoe.models.gguf import permute
+from growmoe.models.gguf_arch import (
+    ROPE_FREQS,
+    gguf_architecture,
+    gguf_fields,
+    gguf_obstacle,
+    gguf_tensors,
+)
+from growmoe.models.gguf_tokenizer import copied_tokenizer, tokenizer_fields
+
+__all__ = ["gguf_obstacle", "write_gguf"]
+
+_FILE_TYPES = {"float32": 0, "float16": 1, "bfloat16": 32}
+# What stands for a gate of zeros: llama.cpp computes sigmoid(z) as silu(z)/z, which is NaN at 0.
+_SMALL_GATE = 1e-20
+
+
+def write_gguf(
+    file: Path,
+    source: Source,
+    tokenizer: Path | None,
+    dtype: str = "float16",
+    *,
+    origin_gguf: Path | None = None,
+) -> None:
+    """Write `source` as a GGUF file for llama.cpp, with matrices in `dtype`.
+
+    The tokenizer is copied from `origin_gguf` if that is given, else read from the directory
+    `tokenizer`; without both the file holds weights only. Norms, biases and routers are float32.
+    Memory holds one tensor at a time (all experts of one layer and part are one).
+    Raises UsageError when llama.cpp would compute something else (see `gguf_obstacle`).
+    """
+    try:
+        import gguf
+    except ImportError:
+        raise UsageError("writing GGUF needs the gguf extra: pip install 'growmoe[gguf]'") from None
+    if dtype not in _FILE_TYPES:
+        raise UsageError(f"dtype '{dtype}' is not one of {', '.join(_FILE_TYPES)}")
+    config = source.config
+    architecture = gguf_architecture(config)
+    writer = gguf.GGUFWriter(file, architecture)
+    try:
+        _write_fields(writer, gguf_fields(config))
+        writer.add_name(file.stem)
+        writer.add_file_type(_FILE_TYPES[dtype])
+        if origin_gguf is not None:
+            for key, value, kind, inner in copied_tokenizer(origin_gguf, config.vocab_size):
+                writer.add_key_value(key, value, kind, sub_type=inner)
+        else:
+            _write_fields(writer, tokenizer_fields(tokenizer, config))
+        _write_tensors(writer, source, architecture, dtype)
+    except BaseException:
+        writer.close()
+        file.unlink(missing_ok=True)
+        raise
+    writer.close()
+
+
+def _write_fields(writer: Any, fields: dict[str, Any]) -> None:
+    for key, value in fields.items():
+        if isinstance(value, bool):
+            writer.add_bool(key, value)
+        elif isinstance(value, int):
+            writer.add_uint32(key, value)
+        elif isinstance(value, float):
+            writer.add_float32(key, value)
+        elif isinstance(value, str):
+            writer.add_string(key, value)
+        else:
+            writer.add_array(key, value)
+
+
+def _write_tensors(writer: Any, source: Source, architecture: str, dtype: str) -> None:
+    from gguf import GGMLQuantizationType as Kind
+
+    kinds = {"float32": Kind.F32, "float16": Kind.F16, "bfloat16": Kind.BF16}
+    plan = gguf_tensors(source.config)
+    stored = {name: _stored_dtype(name, shape, dtype) for name, (shape, _) in plan.items()}
+    for name, (shape, _) in plan.items():
+        size = int(np.prod(shape)) * DTYPES[stored[name]].itemsize
+        # the numpy dtype is only asked whether it is uint8
+        writer.add_tensor_info(name, shape, np.dtype("float32"), size, kinds[stored[name]])
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    for name, (shape, members) in plan.items():
+        out = torch.empty(shape, dtype=DTYPES[stored[name]])
+        if name == ROPE_FREQS:
+            out.copy_(_rope_factors(source))
+        elif len(members) == 1 and ".moe.experts." not in members[0]:
+            _fill(out, _converted(source, architecture, members[0]), name)
+        else:
+            for rows, member in zip(out, members, strict=True):
+                _fill(rows, source.load(member), name)
+        writer.write_tensor_data(out.view(torch.uint8).numpy())
+
+
+def _stored_dtype(name: str, shape: tuple[int, ...], dtype: str) -> str:
+    return "float32" if len(shape) == 1 or name.endswith("ffn_gate_inp.weight") else dtype
+
+
+def _fill(out: Tensor, tensor: Tensor, name: str) -> None:
+    if tuple(tensor.shape) != tuple(out.shape):
+        raise GrowmoeError(f"tensor {name} came out as {list(tensor.shape)}, not {list(out.shape)}")
+    out.copy_(tensor)
+    if not torch.isfinite(out).all():
+        raise GrowmoeError(
+            f"tensor {name} holds values beyond {str(out.dtype).removeprefix('torch.')}; "
+            f"write the GGUF file in bfloat16 or float32"
+        )
+
+
+def _converted(source: Source, architecture: str, name: str) -> Tensor:
+    """One tensor the way llama.cpp wants it."""
+    tensor, config = source.load(name), source.config
+    part = name.rpartition(".")[0].rpartition(".")[2]
+    if part in ("q", "k") and architecture == "llama":
+        return permute(tensor, config.num_heads if part == "q" else config.num_kv_heads)
+    if name.endswith("moe.mix.weight"):
+        return tensor[0] if tensor.any() else torch.full_like(tensor[0].float(), _SMALL_GATE)
+    return tensor
+
+
+def _rope_factors(source: Source) -> Tensor:
+    """What llama.cpp divides each plain rotary frequency by."""
+    plain = inverse_frequencies(source.config.replace(rope_scaling=None))
+    return plain / inverse_frequencies(source.config)
