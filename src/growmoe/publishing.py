@@ -1,8 +1,6 @@
 """A model made from another one: written shard by shard, checked, and published whole."""
 
 import contextlib
-import hashlib
-import json
 import os
 import shutil
 import sys
@@ -31,6 +29,7 @@ from growmoe.models.checkpoint import (
     Source,
     copy_tokenizer,
     disk_free,
+    open_source,
     plan_shards,
     write_model,
 )
@@ -61,7 +60,7 @@ def publish_derived(
     text = None
     if spec.verify:
         text = check_sequences(source_path, source.config, spec.text, spec.data, spec.seed)
-    with _resumable(work, operation, spec, source_path) as folder:
+    with _resumable(work, operation, spec, open_source(source_path).identity()) as folder:
         _write(folder, derived, dtype, operation, spec.shard_gb)
         home = tokenizer or source_path
         tokens = check_tokenizer(home, _copy_tokenizer(home, folder), derived.config)
@@ -158,7 +157,7 @@ def _copy_tokenizer(home: Path, folder: Path) -> Path:
 
 
 @contextlib.contextmanager
-def _resumable(work: Path, operation: str, spec: Any, source_path: Path) -> Iterator[Path]:
+def _resumable(work: Path, operation: str, spec: Any, identity: str) -> Iterator[Path]:
     """The folder in `work` that finished shards wait in until all are there.
 
     It outlives an interruption (Ctrl-C, kill -9) and is emptied by a failure. Raises UsageError
@@ -169,7 +168,7 @@ def _resumable(work: Path, operation: str, spec: Any, source_path: Path) -> Iter
     wanted = {
         "operation": operation,
         "options": spec.model_dump(mode="json", exclude=ignored),
-        "source": _identity(source_path),
+        "source": identity,
     }
     if mark.exists() and read_json(mark) != wanted:
         raise UsageError(
@@ -189,14 +188,6 @@ def _resumable(work: Path, operation: str, spec: Any, source_path: Path) -> Iter
         raise
     mark.unlink()
     folder.rmdir()
-
-
-def _identity(path: Path) -> str:
-    """Changes when the source does."""
-    if path.is_dir():
-        return Directory(path).identity()
-    stat = path.stat()
-    return hashlib.sha256(json.dumps([stat.st_size, stat.st_mtime_ns]).encode()).hexdigest()
 
 
 def _check_disk(folder: Path, config: ModelConfig, dtype: str) -> None:

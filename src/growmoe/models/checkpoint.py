@@ -155,7 +155,15 @@ def _index(path: Path) -> dict[str, str]:
     return dict.fromkeys(TensorFile(single).names(), single.name)
 
 
-def open_source(path: Path) -> Source:
+class File(Source, Protocol):
+    """A source that lies on disk."""
+
+    def identity(self) -> str:
+        """Changes when the files do."""
+        ...
+
+
+def open_source(path: Path) -> File:
     """A MODEL directory or a .gguf file, opened for reading tensor by tensor."""
     if path.suffix == ".gguf":
         from growmoe.models.gguf import GGUFFile

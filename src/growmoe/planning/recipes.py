@@ -7,6 +7,7 @@ from growmoe.errors import GrowmoeError, UsageError
 from growmoe.files import read_json
 from growmoe.models.config import ModelConfig
 from growmoe.models.families import config_from_hf, pick_family
+from growmoe.models.gguf_header import gguf_config, read_gguf_header
 from growmoe.models.growing import plan_growth
 from growmoe.models.presets import preset
 from growmoe.models.upcycling import Upcycling, upcycled_config
@@ -49,9 +50,7 @@ def initial_config(init: InitModel, vocab_size: int) -> ModelConfig:
 def config_of(path: Path) -> ModelConfig:
     """The shape of the model in a directory, from its config.json alone."""
     if path.suffix == ".gguf":
-        from growmoe.models.gguf import GGUFFile  # its tensors are torch's, so imported late
-
-        return GGUFFile(path).config
+        return gguf_config(read_gguf_header(path))
     file = path / "config.json" if path.is_dir() else path
     if not file.exists():
         raise UsageError(f"{path} holds no config.json, so it is not a model directory")
