@@ -69,8 +69,9 @@ def configs(draw: st.DrawFn) -> ModelConfig:
         name: draw(st.booleans())
         for name in ("qkv_bias", "o_bias", "mlp_bias", "qk_norm", "tied_head")
     }
+    scope = draw(st.sampled_from(["head", "all"])) if flags["qk_norm"] else "head"
     return ModelConfig(
-        vocab_size=draw(st.integers(2, 40)), hidden_size=draw(st.integers(1, 20)),
+        qk_norm_scope=scope, vocab_size=draw(st.integers(2, 40)), hidden_size=draw(st.integers(1, 20)),
         num_layers=layers, num_heads=kv_heads * draw(st.integers(1, 3)), num_kv_heads=kv_heads,
         head_dim=2 * draw(st.integers(1, 4)), ffn_size=draw(st.integers(1, 30)),
         norm=draw(st.sampled_from(["rms", "layer"])),

@@ -114,17 +114,19 @@ class Attention(nn.Module):
         self.v = nn.Linear(D, config.num_kv_heads * C, bias=config.qkv_bias)
         self.o = nn.Linear(config.num_heads * C, D, bias=config.o_bias)
         if config.qk_norm:
-            self.q_norm = RMSNorm(C, config.norm_eps)
-            self.k_norm = RMSNorm(C, config.norm_eps)
+            every = config.qk_norm_scope == "all"
+            self.q_norm = RMSNorm(config.num_heads * C if every else C, config.norm_eps)
+            self.k_norm = RMSNorm(config.num_kv_heads * C if every else C, config.norm_eps)
 
     def forward(self, x_BTD: Tensor, rotary: Tensor | None, cache: Cache | None) -> Tensor:
         """Attend causally to the cached tokens and the new ones; returns [B,T,D]."""
         B, T, _ = x_BTD.shape
         config = self.config
-        q, k, v = (
-            project(x_BTD).view(B, T, -1, config.head_dim) for project in (self.q, self.k, self.v)
-        )
-        if config.qk_norm:
+        q, k, v = self.q(x_BTD), self.k(x_BTD), self.v(x_BTD)
+        if config.qk_norm and config.qk_norm_scope == "all":
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k, v = (rows.view(B, T, -1, config.head_dim) for rows in (q, k, v))
+        if config.qk_norm and config.qk_norm_scope == "head":
             q, k = self.q_norm(q), self.k_norm(k)
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
         if rotary is not None:
