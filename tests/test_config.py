@@ -71,12 +71,12 @@ def configs(draw: st.DrawFn) -> ModelConfig:
     }
     scope = draw(st.sampled_from(["head", "all"])) if flags["qk_norm"] else "head"
     return ModelConfig(
-        qk_norm_scope=scope, vocab_size=draw(st.integers(2, 40)), hidden_size=draw(st.integers(1, 20)),
+        vocab_size=draw(st.integers(2, 40)), hidden_size=draw(st.integers(1, 20)),
         num_layers=layers, num_heads=kv_heads * draw(st.integers(1, 3)), num_kv_heads=kv_heads,
         head_dim=2 * draw(st.integers(1, 4)), ffn_size=draw(st.integers(1, 30)),
         norm=draw(st.sampled_from(["rms", "layer"])),
         positions=draw(st.sampled_from(["rope", "learned"])),
-        activation=draw(st.sampled_from(["swiglu", "gelu"])), moe=moe, **flags,
+        activation=draw(st.sampled_from(["swiglu", "gelu"])), moe=moe, qk_norm_scope=scope, **flags,
     )  # fmt: skip
 
 
