@@ -287,6 +287,8 @@ def write_lineage(out: Path, lineage: dict[str, Any]) -> None:
     total, active = config.params_total() / 1e6, config.params_active() / 1e6
     checks = json.dumps(lineage.get("checks", {}), indent=2, ensure_ascii=False)
     options = json.dumps(lineage.get("options", {}), indent=2, ensure_ascii=False)
+    own = pick_family(config) == "growmoe"
+    load = "- transformers loads it after `import growmoe.hf`\n" if own else ""
     (out / "README.md").write_text(
         "---\nlibrary_name: transformers\ntags: [growmoe]\n---\n\n"
         f"# {lineage.get('name', 'model')}\n\n"
@@ -294,7 +296,8 @@ def write_lineage(out: Path, lineage: dict[str, Any]) -> None:
         f"`{lineage.get('parent')}`.\n\n"
         f"- architecture: {pick_family(config)}, {config.num_layers} layers, "
         f"hidden {config.hidden_size}\n"
-        f"- parameters: {total:.2f} M in all, {active:.2f} M active per token\n\n"
+        f"- parameters: {total:.2f} M in all, {active:.2f} M active per token\n"
+        f"{load}\n"
         f"## Checks\n\n```json\n{checks}\n```\n\n## Options\n\n```json\n{options}\n```\n",
         encoding="utf-8",
     )
