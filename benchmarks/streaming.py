@@ -83,7 +83,9 @@ def main() -> None:
         "drop-upcycle": ["upcycle", "--experts", "2", "--expert-init", "drop"],
     }
     rows = []
-    print(f"{'run':<14}{'source':>9}{'output':>9}{'largest':>9}{'peak':>9}{'allowed':>9}{'time':>8}")
+    print(
+        f"{'run':<14}{'source':>9}{'output':>9}{'largest':>9}{'peak':>9}{'allowed':>9}{'time':>8}"
+    )
     for name, (verb, *rest) in runs.items():
         out = work / name
         fixed = [verb, str(work / "source"), str(out), "--no-verify", "--shard-gb", "1"]

@@ -51,6 +51,12 @@ FAMILIES = {
         "Qwen3MoeConfig",
         {**MOE, "norm_topk_prob": True, "decoder_sparse_step": 2, "head_dim": 8},
     ),
+    "olmoe": ("OlmoeConfig", {"num_experts": 4, "num_experts_per_tok": 2}),
+    "olmoe-biased-renorm": (
+        "OlmoeConfig",
+        {"num_experts": 4, "num_experts_per_tok": 2, "norm_topk_prob": True,
+         "attention_bias": True, "tie_word_embeddings": True},
+    ),
 }  # fmt: skip
 
 
@@ -117,6 +123,11 @@ def test_parity_catches_a_wrong_renormalisation(tmp_path: Path) -> None:
         {"activation": "gelu", "mlp_bias": True,
          "moe": MoEConfig(experts=(3, 0, 2), top_k=2, ffn_size=12)},
         {"moe": MoEConfig(experts=(4, 4, 4), top_k=2, ffn_size=12, mix="sum", fixed_ffn_size=6)},
+        {"qk_norm": True, "qk_norm_scope": "all"},
+        {"qk_norm": True, "mlp_bias": True,
+         "moe": MoEConfig(experts=(4, 4, 4), top_k=2, ffn_size=12)},
+        {"qk_norm": True, "qk_norm_scope": "all", "hidden_size": 40,
+         "moe": MoEConfig(experts=(4, 4, 4), top_k=2, ffn_size=12)},
     ],
 )  # fmt: skip
 @torch.no_grad()
@@ -141,6 +152,26 @@ def test_an_expressible_moe_is_written_as_a_public_architecture(tmp_path: Path) 
     tokens = torch.arange(30)[None]
     with torch.no_grad():
         assert (model(tokens).logits - load_model(path)(tokens).logits).abs().max() < 1e-5
+
+
+def test_clip_qkv_is_refused(tmp_path: Path) -> None:
+    theirs = public_model("olmoe").config.to_dict() | {"clip_qkv": 8.0}
+    with pytest.raises(GrowmoeError, match=r"config.json: clip_qkv 8.0 is not supported"):
+        config_from_hf(theirs, tmp_path / "config.json")
+
+
+def test_absent_keys_of_olmoe_mean_what_transformers_takes_for_them(tmp_path: Path) -> None:
+    public = transformers.OlmoeConfig()
+    size = {"hidden_size": 2048, "num_attention_heads": 16, "intermediate_size": 2048}
+    raw = {"model_type": "olmoe", "vocab_size": 50304, "num_hidden_layers": 16, **size}
+    found = config_from_hf(raw, tmp_path / "config.json")
+    moe = found.moe
+    assert moe is not None
+    assert moe.experts == (public.num_experts,) * 16
+    assert (moe.top_k, moe.renormalize) == (public.num_experts_per_tok, public.norm_topk_prob)
+    assert (moe.ffn_size, found.norm_eps) == (public.intermediate_size, public.rms_norm_eps)
+    assert (found.qkv_bias, found.o_bias, found.tied_head) == (False, False, False)
+    assert found.head_dim == 128
 
 
 # ---- damaged input ----
@@ -261,7 +292,9 @@ def test_existing_output_is_refused(model_dir: Path, tmp_path: Path) -> None:
     shutil.rmtree(empty)
 
 
-@pytest.mark.parametrize("kind", ["llama", "mistral", "mixtral", "qwen2", "qwen3", "qwen3_moe"])
+@pytest.mark.parametrize(
+    "kind", ["llama", "mistral", "mixtral", "qwen2", "qwen3", "qwen3_moe", "olmoe"]
+)
 @pytest.mark.parametrize(
     "key", ["num_key_value_heads", "rope_parameters", "max_position_embeddings"]
 )

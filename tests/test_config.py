@@ -69,13 +69,14 @@ def configs(draw: st.DrawFn) -> ModelConfig:
         name: draw(st.booleans())
         for name in ("qkv_bias", "o_bias", "mlp_bias", "qk_norm", "tied_head")
     }
+    scope = draw(st.sampled_from(["head", "all"])) if flags["qk_norm"] else "head"
     return ModelConfig(
         vocab_size=draw(st.integers(2, 40)), hidden_size=draw(st.integers(1, 20)),
         num_layers=layers, num_heads=kv_heads * draw(st.integers(1, 3)), num_kv_heads=kv_heads,
         head_dim=2 * draw(st.integers(1, 4)), ffn_size=draw(st.integers(1, 30)),
         norm=draw(st.sampled_from(["rms", "layer"])),
         positions=draw(st.sampled_from(["rope", "learned"])),
-        activation=draw(st.sampled_from(["swiglu", "gelu"])), moe=moe, **flags,
+        activation=draw(st.sampled_from(["swiglu", "gelu"])), moe=moe, qk_norm_scope=scope, **flags,
     )  # fmt: skip
 
 

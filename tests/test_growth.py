@@ -91,6 +91,31 @@ def test_layer_norm_models_grow_by_whole_multiples(tied: bool) -> None:
         Widened(a, Widening(hidden=48))
 
 
+OLMOE = {
+    "qk_norm": True, "qk_norm_scope": "all", "family": "olmoe",
+    "moe": MoEConfig(experts=(4, 4, 4), top_k=2, ffn_size=20, renormalize=False),
+}  # fmt: skip
+
+
+def test_a_norm_over_all_heads_grows_without_its_heads() -> None:
+    a = source(**OLMOE)
+    wide = Widened(GrownVocab(a, 128), Widening(hidden=48))
+    assert wide.config.num_heads == a.config.num_heads
+    assert check(a, wide).exact
+    assert check(a, Deepened(wide, depth_map(3, 5, "identity"))).exact
+    dense = source(qk_norm=True, qk_norm_scope="all")
+    moe = Upcycled(Widened(dense, Widening(ffn=61)), Upcycling(experts=4))
+    assert check(dense, moe).exact
+
+
+@pytest.mark.parametrize("sizes", [{"heads": 18}, {"heads": 18, "kv_heads": 6}, {"head_dim": 8}])
+def test_a_norm_over_all_heads_keeps_its_heads(sizes: dict[str, int]) -> None:
+    with pytest.raises(UsageError, match=r"cannot grow.* norm"):
+        Widened(source(**OLMOE), Widening(**sizes))
+    with pytest.raises(UsageError, match="num_kv_heads cannot grow from 3 to 9"):
+        Widened(source(**OLMOE), Widening(kv_heads=9))
+
+
 def test_everything_composes() -> None:
     a = source(**SOURCES["qwen2"])
     wide = Widened(GrownVocab(a, 128), Widening(hidden=50, heads=15, head_dim=8, ffn=61))

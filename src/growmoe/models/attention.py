@@ -67,9 +67,9 @@ def _llama3_frequencies(frequencies: Tensor, scaling: dict[str, float]) -> Tenso
 
 
 def rotary_tables(config: ModelConfig, positions_T: Tensor, dtype: torch.dtype) -> Tensor:
-    """cos and sin [2,T,C] for the given positions."""
+    """cos and sin [2,T,C] for the given positions; [2,B,T,C] for positions [B,T]."""
     frequencies = inverse_frequencies(config).to(positions_T.device)
-    angles = torch.outer(positions_T.to(torch.float32), frequencies)
+    angles = positions_T.to(torch.float32)[..., None] * frequencies
     angles = torch.cat((angles, angles), dim=-1)
     return torch.stack((angles.cos(), angles.sin())).to(dtype)
 
@@ -114,17 +114,26 @@ class Attention(nn.Module):
         self.v = nn.Linear(D, config.num_kv_heads * C, bias=config.qkv_bias)
         self.o = nn.Linear(config.num_heads * C, D, bias=config.o_bias)
         if config.qk_norm:
-            self.q_norm = RMSNorm(C, config.norm_eps)
-            self.k_norm = RMSNorm(C, config.norm_eps)
+            every = config.qk_norm_scope == "all"
+            self.q_norm = RMSNorm(config.num_heads * C if every else C, config.norm_eps)
+            self.k_norm = RMSNorm(config.num_kv_heads * C if every else C, config.norm_eps)
 
-    def forward(self, x_BTD: Tensor, rotary: Tensor | None, cache: Cache | None) -> Tensor:
-        """Attend causally to the cached tokens and the new ones; returns [B,T,D]."""
+    def forward(
+        self,
+        x_BTD: Tensor,
+        rotary: Tensor | None,
+        cache: Cache | None,
+        real_BS: Tensor | None = None,
+    ) -> Tensor:
+        """Attend causally to the cached tokens and the new ones, except where `real_BS` says that
+        they are padding; returns [B,T,D]."""
         B, T, _ = x_BTD.shape
         config = self.config
-        q, k, v = (
-            project(x_BTD).view(B, T, -1, config.head_dim) for project in (self.q, self.k, self.v)
-        )
-        if config.qk_norm:
+        q, k, v = self.q(x_BTD), self.k(x_BTD), self.v(x_BTD)
+        if config.qk_norm and config.qk_norm_scope == "all":
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k, v = (rows.view(B, T, -1, config.head_dim) for rows in (q, k, v))
+        if config.qk_norm and config.qk_norm_scope == "head":
             q, k = self.q_norm(q), self.k_norm(k)
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
         if rotary is not None:
@@ -134,16 +143,24 @@ class Attention(nn.Module):
         groups = config.num_heads // config.num_kv_heads
         if groups > 1:
             k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
-        mask = _mask(T, k.shape[2], config.sliding_window, x_BTD.device)
+        mask = _mask(T, k.shape[2], config.sliding_window, x_BTD.device, real_BS)
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
         return self.o(y.transpose(1, 2).reshape(B, T, -1))
 
 
-def _mask(T: int, S: int, window: int | None, device: torch.device) -> Tensor | None:
-    """[T,S] of True where attention is allowed; None when plain causal masking says the same."""
-    if T == S and (window is None or window >= S):
+def _mask(
+    T: int, S: int, window: int | None, device: torch.device, real_BS: Tensor | None
+) -> Tensor | None:
+    """[T,S] (with padding [B,1,T,S]) of True where attention is allowed; None when plain causal
+    masking says the same. Padding attends to itself, so that no row is empty."""
+    if T == S and (window is None or window >= S) and real_BS is None:
         return None
     query_T1 = torch.arange(S - T, S, device=device)[:, None]
     key_S = torch.arange(S, device=device)
     allowed = key_S <= query_T1
-    return allowed if window is None else allowed & (key_S > query_T1 - window)
+    if window is not None:
+        allowed &= key_S > query_T1 - window
+    if real_BS is None:
+        return allowed
+    # a cache may have dropped what lies before the window
+    return allowed & (real_BS[:, None, None, -S:] | (key_S == query_T1))

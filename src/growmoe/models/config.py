@@ -4,7 +4,8 @@ Tensors have one canonical name each, whatever the checkpoint on disk calls them
 
     embed.weight [V,D]   positions.weight [P,D]   norm.weight [D]   head.weight [V,D]
     layers.N.attn_norm.weight   layers.N.attn.{q,k,v,o}.{weight,bias}
-    layers.N.attn.{q,k}_norm.weight [C]   layers.N.mlp_norm.weight
+    layers.N.attn.{q,k}_norm.weight [C], or [H*C] and [K*C] with qk_norm_scope "all"
+    layers.N.mlp_norm.weight
     layers.N.mlp.{gate,up,down}.{weight,bias}             a dense layer, or the fixed branch of a
                                                           residual MoE layer (a shared expert)
     layers.N.moe.router.weight [E,D]
@@ -69,6 +70,8 @@ class ModelConfig:
     o_bias: bool = False
     mlp_bias: bool = False
     qk_norm: bool = False
+    qk_norm_scope: Literal["head", "all"] = "head"
+    """The mean square of a query or key: over each head (Qwen3), or over all of them (OLMoE)."""
     tied_head: bool = False
     moe: MoEConfig | None = None
     init_std: float = 0.02
@@ -95,6 +98,8 @@ class ModelConfig:
             )
         if self.positions == "rope" and self.head_dim % 2:
             yield f"head_dim {self.head_dim} must be even for rotary positions"
+        if self.qk_norm_scope == "all" and not self.qk_norm:
+            yield "qk_norm_scope 'all' contradicts qk_norm false"
         if self.moe is not None:
             yield from self._moe_problems(self.moe)
 
@@ -197,8 +202,9 @@ def _layer_shapes(config: ModelConfig, layer: int) -> Iterator[tuple[str, tuple[
     if config.o_bias:
         yield "attn.o.bias", (D,)
     if config.qk_norm:
-        yield "attn.q_norm.weight", (C,)
-        yield "attn.k_norm.weight", (C,)
+        every = config.qk_norm_scope == "all"
+        yield "attn.q_norm.weight", (q_rows if every else C,)
+        yield "attn.k_norm.weight", (kv_rows if every else C,)
     yield from _norm_shapes(config, "mlp_norm", D).items()
     experts = config.experts_in(layer)
     if not experts:

@@ -8,7 +8,7 @@ import dataclasses
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from growmoe.errors import GrowmoeError
 from growmoe.models.config import ModelConfig, MoEConfig, tensor_shapes
@@ -27,7 +27,11 @@ class Family:
 
 
 def _obstacle(
-    config: ModelConfig, *, moe: bool, qk_norm: bool = False, window: bool = False
+    config: ModelConfig,
+    *,
+    moe: bool,
+    qk_norm: Literal["none", "head", "all"] = "none",
+    window: bool = False,
 ) -> str | None:
     """What every public family of the llama line shares."""
     if config.norm != "rms" or config.positions != "rope" or config.activation != "swiglu":
@@ -36,8 +40,12 @@ def _obstacle(
         return "it has experts in no layer" if not moe else "it needs experts"
     if config.moe is not None and config.moe.scoring != "softmax":
         return "its router takes a softmax"
-    if config.qk_norm != qk_norm:
-        return "it always normalises queries and keys" if qk_norm else "it has no QK-norm"
+    if (config.qk_norm_scope if config.qk_norm else "none") != qk_norm:
+        return {
+            "none": "it has no QK-norm",
+            "head": "it always normalises queries and keys, head by head",
+            "all": "it always normalises queries and keys, all heads together",
+        }[qk_norm]
     if config.sliding_window and not window:
         return "it has no sliding window over all layers"
     return None
@@ -64,7 +72,7 @@ def _qwen2(c: ModelConfig) -> str | None:
 def _qwen3(c: ModelConfig) -> str | None:
     fits = c.qkv_bias == c.o_bias and not c.mlp_bias
     wrong = None if fits else "its attention biases are all on or all off"
-    return _obstacle(c, moe=False, qk_norm=True) or wrong
+    return _obstacle(c, moe=False, qk_norm="head") or wrong
 
 
 def _one_expert_count(c: ModelConfig) -> str | None:
@@ -95,12 +103,25 @@ def _qwen2_moe(c: ModelConfig) -> str | None:
 
 
 def _qwen3_moe(c: ModelConfig) -> str | None:
-    if problem := _obstacle(c, moe=True, qk_norm=True) or _one_expert_count(c):
+    if problem := _obstacle(c, moe=True, qk_norm="head") or _one_expert_count(c):
         return problem
     assert c.moe is not None
     if c.moe.mix != "none":
         return "it has no shared expert"
-    return None if c.qkv_bias == c.o_bias else "its attention biases are all on or all off"
+    fits = c.qkv_bias == c.o_bias and not c.mlp_bias
+    return None if fits else "its attention biases are all on or all off, and it has no others"
+
+
+def _olmoe(c: ModelConfig) -> str | None:
+    if problem := _obstacle(c, moe=True, qk_norm="all") or _one_expert_count(c):
+        return problem
+    assert c.moe is not None
+    if 0 in c.moe.experts or c.moe.mix != "none":
+        return "every layer has routed experts and nothing else"
+    if c.num_heads * c.head_dim != c.hidden_size:
+        return "its heads together are as wide as its hidden size"
+    fits = c.qkv_bias == c.o_bias and not c.mlp_bias
+    return None if fits else "its attention biases are all on or all off, and it has no others"
 
 
 FAMILIES = {
@@ -113,6 +134,7 @@ FAMILIES = {
         Family("mixtral", "MixtralForCausalLM", _mixtral),
         Family("qwen3_moe", "Qwen3MoeForCausalLM", _qwen3_moe),
         Family("qwen2_moe", "Qwen2MoeForCausalLM", _qwen2_moe),
+        Family("olmoe", "OlmoeForCausalLM", _olmoe),
         Family("growmoe", "GrowmoeForCausalLM", lambda _: None),
     )
 }
@@ -164,9 +186,13 @@ def _from_llama_line(kind: str, raw: Mapping[str, Any], where: Path) -> ModelCon
     if raw.get("hidden_act", "silu") not in ("silu", "swish"):
         raise GrowmoeError(f"{where}: hidden_act '{raw['hidden_act']}' is not SwiGLU's silu")
     D, H = int(raw["hidden_size"]), int(raw["num_attention_heads"])
+    if raw.get("clip_qkv") is not None:
+        raise GrowmoeError(
+            f"{where}: clip_qkv {raw['clip_qkv']} is not supported; only models with null are read"
+        )
     theta, scaling = _rope(raw, where)
     default_dim = 128 if kind == "qwen3" else D // H
-    bias = bool(raw.get("attention_bias", False)) and kind in ("llama", "qwen3", "qwen3_moe")
+    bias = bool(raw.get("attention_bias", False)) and kind in _BIASED
     return ModelConfig(
         vocab_size=int(raw["vocab_size"]),
         hidden_size=D,
@@ -183,7 +209,8 @@ def _from_llama_line(kind: str, raw: Mapping[str, Any], where: Path) -> ModelCon
         qkv_bias=bool(raw["qkv_bias"]) if kind == "qwen2_moe" else bias or kind == "qwen2",
         o_bias=bias,
         mlp_bias=bool(raw.get("mlp_bias", False)) and kind == "llama",
-        qk_norm=kind in ("qwen3", "qwen3_moe"),
+        qk_norm=kind in ("qwen3", "qwen3_moe", "olmoe"),
+        qk_norm_scope="all" if kind == "olmoe" else "head",
         tied_head=bool(raw.get("tie_word_embeddings", False)),
         moe=_moe_from_hf(kind, raw),
         init_std=float(raw.get("initializer_range", 0.02)),
@@ -212,8 +239,10 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
         **_QWEN, "num_key_value_heads": 4, "num_experts_per_tok": 8,
         "moe_intermediate_size": 768,
     },
+    "olmoe": {"max_position_embeddings": 4096, "rms_norm_eps": 1e-5, "num_experts_per_tok": 8},
 }  # fmt: skip
-_EXPERTS = {"mixtral": 8, "qwen2_moe": 60, "qwen3_moe": 128}
+_EXPERTS = {"mixtral": 8, "qwen2_moe": 60, "qwen3_moe": 128, "olmoe": 64}
+_BIASED = ("llama", "qwen3", "qwen3_moe", "olmoe")  # `attention_bias` on q, k, v and o
 TOKEN_ID_KEYS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
@@ -246,11 +275,12 @@ def _moe_from_hf(kind: str, raw: Mapping[str, Any]) -> MoEConfig | None:
     layers = int(raw["num_hidden_layers"])
     # two names for one key: which one a file has depends on who wrote it
     count = int(raw.get("num_local_experts") or raw.get("num_experts") or _EXPERTS[kind])
-    if kind == "mixtral":
+    if kind in ("mixtral", "olmoe"):
         return MoEConfig(
             experts=(count,) * layers,
             top_k=int(raw["num_experts_per_tok"]),
             ffn_size=int(raw["intermediate_size"]),
+            renormalize=kind == "mixtral" or bool(raw.get("norm_topk_prob", False)),
         )
     step = int(raw.get("decoder_sparse_step", 1))
     dense = set(raw.get("mlp_only_layers") or ())
@@ -303,7 +333,7 @@ def config_to_hf(config: ModelConfig, dtype: str, family: str | None = None) -> 
 
 def _family_fields(name: str, config: ModelConfig) -> dict[str, Any]:
     fields: dict[str, Any] = {}
-    if name in ("llama", "qwen3", "qwen3_moe"):
+    if name in _BIASED:
         fields["attention_bias"] = config.qkv_bias
     if name == "llama":
         fields["mlp_bias"] = config.mlp_bias
@@ -319,6 +349,10 @@ def _family_fields(name: str, config: ModelConfig) -> dict[str, Any]:
         fields |= {"num_local_experts": max(config.moe.experts)}
         fields |= {"intermediate_size": config.moe.ffn_size}
         return fields
+    if name == "olmoe":
+        fields |= {"num_experts": max(config.moe.experts), "clip_qkv": None}
+        fields |= {"intermediate_size": config.moe.ffn_size}
+        return fields | {"norm_topk_prob": config.moe.renormalize}
     fields |= {
         "num_experts": max(config.moe.experts),
         "moe_intermediate_size": config.moe.ffn_size,

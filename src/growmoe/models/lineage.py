@@ -8,6 +8,7 @@ import yaml
 
 from growmoe import __version__
 from growmoe.files import read_json, write_json, write_text
+from growmoe.models.config import ModelConfig
 from growmoe.models.families import config_from_hf, pick_family
 
 
@@ -61,11 +62,17 @@ def _card(out: Path, lineage: dict[str, Any]) -> str:
         f"---\n{yaml.safe_dump(front, sort_keys=False, allow_unicode=True)}---\n\n"
         f"# {lineage.get('name', 'model')}\n\n"
         f"Made by growmoe {__version__} with `{lineage.get('operation')}` from "
-        f"`{lineage.get('parent')}`.\n\n{_table(rows)}\n"
+        f"`{lineage.get('parent')}`.\n\n{_table(rows)}\n{_loading(config)}"
         f"## Checks\n\n{_table(_flat(lineage.get('checks', {})))}\n"
         f"Engines: {_engines(lineage)}\n\n"
         f"## Options\n\n{_table(_flat(lineage.get('options', {})))}"
     )
+
+
+def _loading(config: ModelConfig) -> str:
+    if pick_family(config) != "growmoe":
+        return ""
+    return "transformers loads it after `import growmoe.hf`.\n\n"
 
 
 def _engines(lineage: dict[str, Any]) -> str:

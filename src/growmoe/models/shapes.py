@@ -56,11 +56,12 @@ def widened_config(
     zero_pad: bool = False,
 ) -> ModelConfig:
     """The shape of a wider model; None keeps a size, and heads follow hidden where the source has
-    hidden = heads * head_dim. Raises UsageError that names every obstacle."""
+    hidden = heads * head_dim and may grow heads. Raises UsageError that names every obstacle."""
     head_dim = head_dim or source.head_dim
     if heads is None:
         heads = source.num_heads
-        if hidden and source.hidden_size == source.num_heads * head_dim:
+        together = source.qk_norm and source.qk_norm_scope == "all"  # such heads stay as they are
+        if hidden and source.hidden_size == source.num_heads * head_dim and not together:
             if hidden % head_dim:
                 raise UsageError(
                     f"hidden {hidden} is not a multiple of head_dim {head_dim}; name the heads"
@@ -96,6 +97,13 @@ def _width_obstacles(source: ModelConfig, sizes: dict[str, int], zero_pad: bool)
         found.append(f"head_dim {sizes['head_dim']} is not a multiple of {source.head_dim}")
     if sizes["head_dim"] != source.head_dim and source.qk_norm:
         found.append("head_dim cannot grow in a model that normalises queries and keys")
+    if source.qk_norm and source.qk_norm_scope == "all":
+        found += [
+            f"{name} cannot grow from {getattr(source, name)} to {sizes[name]} in a model that "
+            "normalises queries and keys over all heads together"
+            for name in ("num_heads", "num_kv_heads")
+            if sizes[name] != getattr(source, name)
+        ]
     wider = sizes["hidden_size"] != source.hidden_size
     if source.norm == "layer" and wider and (zero_pad or sizes["hidden_size"] % source.hidden_size):
         found.append(

@@ -39,10 +39,14 @@ class Block(nn.Module):
         self.moe = MoE(config, experts)
 
     def forward(
-        self, x_BTD: Tensor, rotary: Tensor | None, cache: Cache | None
+        self,
+        x_BTD: Tensor,
+        rotary: Tensor | None,
+        cache: Cache | None,
+        real_BS: Tensor | None = None,
     ) -> tuple[Tensor, Routing | None]:
         """Returns the new residual stream and the routing of this layer, if it routes."""
-        x_BTD = x_BTD + self.attn(self.attn_norm(x_BTD), rotary, cache)
+        x_BTD = x_BTD + self.attn(self.attn_norm(x_BTD), rotary, cache, real_BS)
         h_BTD = self.mlp_norm(x_BTD)
         if self.moe is None:
             assert self.mlp is not None
@@ -65,24 +69,33 @@ class Transformer(nn.Module):
         if not config.tied_head:
             self.head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
 
-    def forward(self, tokens_BT: Tensor, cache: Cache | None = None) -> Output:
+    def forward(
+        self, tokens_BT: Tensor, cache: Cache | None = None, real_BS: Tensor | None = None
+    ) -> Output:
         """Logits for every position; with a cache the tokens follow those it holds.
 
-        Raises GrowmoeError when learned positions run out.
+        `real_BS` is False where a token, held or new, is padding: such tokens take no position and
+        no real one attends to them. Raises GrowmoeError when learned positions run out.
         """
-        start = cache.length if cache is not None else 0
-        positions_T = torch.arange(start, start + tokens_BT.shape[1], device=tokens_BT.device)
+        T, start = tokens_BT.shape[1], cache.length if cache is not None else 0
+        if real_BS is None:
+            positions = torch.arange(start, start + T, device=tokens_BT.device)
+        else:
+            positions = (real_BS.cumsum(1) - 1).clamp(min=0)[:, -T:]
         x_BTD = self.embed(tokens_BT)
         rotary = None
         if self.config.positions == "rope":
-            rotary = rotary_tables(self.config, positions_T, x_BTD.dtype)
-        elif start + tokens_BT.shape[1] > self.config.max_positions:
+            rotary = rotary_tables(self.config, positions, x_BTD.dtype)
+            rotary = rotary if real_BS is None else rotary[:, :, None]  # the same for every head
+        elif (start + T if real_BS is None else int(positions.max()) + 1) > (
+            self.config.max_positions
+        ):
             raise GrowmoeError(f"the model has only {self.config.max_positions} positions")
         else:
-            x_BTD = x_BTD + self.positions(positions_T)
+            x_BTD = x_BTD + self.positions(positions)
         routing = []
         for block in self.layers:
-            x_BTD, routed = block(x_BTD, rotary, cache)
+            x_BTD, routed = block(x_BTD, rotary, cache, real_BS)
             if routed is not None:
                 routing.append(routed)
         x_BTD = self.norm(x_BTD)
@@ -92,16 +105,23 @@ class Transformer(nn.Module):
 
     @torch.no_grad()
     def init_weights(self, seed: int) -> None:
-        """Fresh weights from `seed`: N(0, init_std) for matrices, and for the projections that
-        write into the residual stream divided by sqrt(2 L) (GPT-2); biases 0, norms 1."""
+        """Fresh weights from `seed`, as `fresh_weights` says."""
         generator = torch.Generator().manual_seed(seed)
-        std = self.config.init_std
         for name, parameter in self.named_parameters():
-            if name.endswith("bias"):
-                parameter.zero_()
-            elif "norm" in name.rsplit(".", 2)[-2]:
-                parameter.fill_(1.0)
+            mean, std = fresh_weights(self.config, name)
+            if std:
+                parameter.normal_(mean, std, generator=generator)
             else:
-                writes = name.endswith((".o.weight", ".down.weight", ".experts.down"))
-                scale = std / (2 * self.config.num_layers) ** 0.5 if writes else std
-                parameter.normal_(0.0, scale, generator=generator)
+                parameter.fill_(mean)
+
+
+def fresh_weights(config: ModelConfig, name: str) -> tuple[float, float]:
+    """(mean, standard deviation) of the new parameter `name`: N(0, init_std) for matrices, and for
+    the projections that write into the residual stream divided by sqrt(2 L) (GPT-2); biases 0,
+    norms 1."""
+    if name.endswith("bias"):
+        return 0.0, 0.0
+    if "norm" in name.rsplit(".", 2)[-2]:
+        return 1.0, 0.0
+    writes = name.endswith((".o.weight", ".down.weight", ".experts.down"))
+    return 0.0, config.init_std / ((2 * config.num_layers) ** 0.5 if writes else 1.0)

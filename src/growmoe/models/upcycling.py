@@ -10,7 +10,10 @@ from typing import Any, Literal
 from growmoe.errors import UsageError
 from growmoe.models.config import Mix, ModelConfig, MoEConfig
 
-_MOE_FAMILY = {"llama": "mixtral", "mistral": "mixtral", "qwen2": "qwen2_moe", "qwen3": "qwen3_moe"}
+_MOE_FAMILY = {
+    "llama": "mixtral", "mistral": "mixtral", "qwen2": "qwen2_moe", "qwen3": "qwen3_moe",
+    "growmoe": "",  # a public architecture may express the MoE where none does the dense model
+}  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
