@@ -18,13 +18,13 @@ test-slow: $(VENV)/.dev  ## what takes minutes; without a GPU the gpu tests skip
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) -m "slow or gpu" $(ARGS)
 
 lint: $(VENV)/.dev
-	$(BIN)/ruff check --quiet src tests
-	$(BIN)/ruff format --check --quiet src tests
+	$(BIN)/ruff check --quiet src tests benchmarks
+	$(BIN)/ruff format --check --quiet src tests benchmarks
 	$(BIN)/mypy --no-error-summary
 
 format: $(VENV)/.dev
-	$(BIN)/ruff check --fix --quiet src tests
-	$(BIN)/ruff format --quiet src tests
+	$(BIN)/ruff check --fix --quiet src tests benchmarks
+	$(BIN)/ruff format --quiet src tests benchmarks
 
 clean:
 	rm -rf $(VENV) dist .pytest_cache .mypy_cache .ruff_cache

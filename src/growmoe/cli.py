@@ -321,6 +321,33 @@ def upcycle(
 
 
 @app.command()
+def export(
+    src: Annotated[str, typer.Argument(help="Model directory or .gguf file.")],
+    out: Annotated[Path, typer.Argument(help="The directory to make.")],
+    engine: Annotated[
+        str, typer.Option("--for", help="transformers, vllm, sglang or llama.cpp.")
+    ] = "transformers",
+    portable: Annotated[
+        bool, typer.Option("--portable", help="Allow forms that cost space (copied experts).")
+    ] = False,
+    format: Annotated[
+        str | None, typer.Option(help="llama.cpp: gguf (default), or hf for its converter.")
+    ] = None,
+    seed: Seed = 0,
+    text: Text = None,
+    data: Data = None,
+    dtype: Dtype = None,
+    shard_gb: ShardGb = None,
+    verify: Verify = True,
+    json_only: Json = False,
+    dry_run: DryRun = False,
+) -> None:
+    """The form that an engine runs, reloaded and compared; refused where it would be wrong."""
+    options = {**_own_options(locals()), "model": _existing(src)}
+    _execute(_stage("export", options, None), out, json_only, dry_run)
+
+
+@app.command()
 def verify(
     a: Annotated[str, typer.Argument(help="The model that is right.")],
     b: Annotated[str, typer.Argument(help="The model in question.")],

@@ -21,7 +21,7 @@ SUMMARY_FIELDS = (
     "loss_after", "seconds", "output",
 )  # fmt: skip
 STAGE_FILE = "stage.json"
-RESUMABLE = ("train", "grow", "upcycle")
+RESUMABLE = ("train", "grow", "upcycle", "export")
 """Stages that keep unfinished work in NAME.run beside their output."""
 
 

@@ -4,7 +4,7 @@ import contextlib
 import os
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -46,12 +46,14 @@ MIB = 2**20
 def publish_derived(
     staged: Path, work: Path, source_path: Path, source: Source, derived: Source, *,
     lossy: tuple[str, ...], operation: str, spec: Any, tokenizer: Path | None = None,
-    vocab: int | None = None,
+    vocab: int | None = None, family: str | None = None,
+    public_check: Callable[[Path, list[Tensor]], dict[str, str]] | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """Write `derived`, check it against `source` after reading it back, and note its lineage.
 
     Shards are written into `work`; after an interruption the same call goes on with the next one.
-    `tokenizer` replaces the parent's; `vocab` limits the check to the tokens both have.
+    `tokenizer` replaces the parent's; `vocab` limits the check to the tokens both have; `family`
+    is the architecture to write. `public_check(folder, sequences)` says how engines agree.
     Raises GrowmoeError when it is declared exact (`lossy` is empty) and is not: then nothing is
     published and nothing kept.
     """
@@ -61,9 +63,12 @@ def publish_derived(
     if spec.verify:
         text = check_sequences(source_path, source.config, spec.text, spec.data, spec.seed)
     with _resumable(work, operation, spec, open_source(source_path).identity()) as folder:
-        _write(folder, derived, dtype, operation, spec.shard_gb)
+        _write(folder, derived, dtype, operation, spec.shard_gb, family)
         home = tokenizer or source_path
         tokens = check_tokenizer(home, _copy_tokenizer(home, folder), derived.config)
+        engines = {}
+        if text is not None and public_check is not None:
+            engines = public_check(folder, text[0])
         checks, losses = _check(folder, source_path, source, text, spec, lossy, vocab)
         for file in sorted(folder.iterdir()):
             os.rename(file, staged / file.name)
@@ -76,7 +81,7 @@ def publish_derived(
         "declared_exact": not lossy,
         "lossy_because": list(lossy),
         "checks": {**checks, **tokens},
-        "engines": {} if "unverified" in checks else {"growmoe": "logits compared"},
+        "engines": engines,
         "tokens_total": parent.get("tokens_total", 0),
         "flops_total": parent.get("flops_total", 0),
         "history": history(parent, operation, source_path, exact=not lossy),
@@ -92,22 +97,24 @@ def publish_derived(
         "loss_before": checks.get("ce_a"), "loss_after": checks.get("ce_b"),
         "exact": checks.get("exact"), "declared_exact": not lossy,
         **({"lossy_because": list(lossy)} if lossy else {}),
-        **losses, "check": checks,
+        **losses, "check": checks, **({"engines": engines} if engines else {}),
     }  # fmt: skip
 
 
-def _write(folder: Path, derived: Source, dtype: str, label: str, shard_gb: float) -> None:
+def _write(
+    folder: Path, derived: Source, dtype: str, label: str, shard_gb: float, family: str | None
+) -> None:  # fmt: skip
     config, limit = derived.config, int(shard_gb * 2**30)
     _check_disk(folder, config, dtype)
     total = config.bytes(dtype) / MIB
     progress = Progress(label, max(1, round(total)), "MiB")
-    files = plan_shards(config, pick_family(config), dtype, limit)
+    files = plan_shards(config, family or pick_family(config), dtype, limit)
     kept = [file for file in files if (folder / file).exists()]
     if kept:
         print(f"{label}: {len(kept)} of {len(files)} files are there already", file=sys.stderr)
     write_model(
         folder, config, derived.load, dtype, shard_limit=limit,
-        on_bytes=lambda done: progress.update(round(done / MIB)),
+        on_bytes=lambda done: progress.update(round(done / MIB)), family=family,
     )  # fmt: skip
     progress.finish("written")
 

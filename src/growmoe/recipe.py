@@ -343,6 +343,29 @@ class UpcycleStage(_Derived):
         return self
 
 
+class ExportStage(_Derived):
+    """The same model in the form that an engine runs."""
+
+    stage: Literal["export"]
+    name: Name = "export"
+    engine: Literal["transformers", "vllm", "sglang", "llama.cpp"]
+    portable: bool = False
+    """Allow changes of form that cost space, where no public architecture fits otherwise."""
+    format: Literal["gguf", "hf"] | None = None
+    """For llama.cpp: a GGUF file (default), or a directory for its own converter."""
+
+    @model_validator(mode="after")
+    def _formats(self) -> "ExportStage":
+        if self.format is not None and self.engine != "llama.cpp":
+            raise ValueError("format is for llama.cpp; the other engines read directories")
+        return self
+
+    @property
+    def as_gguf(self) -> bool:
+        """Whether the result is one GGUF file."""
+        return self.engine == "llama.cpp" and self.format != "hf"
+
+
 class VerifyStage(_OnText):
     """Is model b the same function as model a?"""
 
@@ -378,7 +401,7 @@ class GenerateStage(Strict):
 
 
 Stage = (
-    PrepareStage | TrainStage | GrowStage | UpcycleStage | VerifyStage | EvaluateStage
+    PrepareStage | TrainStage | GrowStage | UpcycleStage | ExportStage | VerifyStage | EvaluateStage
     | GenerateStage
 )  # fmt: skip
 STAGES: dict[str, type[Strict]] = {
@@ -386,6 +409,7 @@ STAGES: dict[str, type[Strict]] = {
     "train": TrainStage,
     "grow": GrowStage,
     "upcycle": UpcycleStage,
+    "export": ExportStage,
     "verify": VerifyStage,
     "evaluate": EvaluateStage,
     "generate": GenerateStage,

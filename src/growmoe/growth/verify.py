@@ -103,6 +103,19 @@ def compare(
     )
 
 
+def agreement(
+    source: Source, other: Logits, sequences: list[Tensor], memory_bytes: int
+) -> tuple[float, float]:
+    """(largest difference, tolerance) of another engine's float32 logits for the same weights; the
+    tolerance is ten times what float64 arithmetic changes (estimated where it does not fit)."""
+    own = _logits(source, sequences, "float32")
+    V = source.config.vocab_size
+    floor = 16 * torch.finfo(torch.float32).eps * max(float(x.abs().max()) for x in own)
+    if 8 * largest_part(source.config) < 0.8 * memory_bytes:
+        floor = max(floor, _largest(own, _logits(source, sequences, "float64"), V))
+    return _largest(own, other, V), FLOAT32_FACTOR * floor
+
+
 class Rerounded:
     """`source` with every weight scaled by an odd factor, rounded to `dtype` and scaled back."""
 

@@ -12,16 +12,20 @@ from growmoe.models.config import ModelConfig
 from growmoe.models.families import config_from_hf, pick_family
 
 
-def write_lineage(out: Path, lineage: dict[str, Any]) -> None:
+def write_lineage(
+    out: Path, lineage: dict[str, Any], config: ModelConfig | None = None
+) -> None:  # fmt: skip
     """Write growmoe.json and the model card (README.md) of the MODEL directory `out`.
 
     `lineage` has name, operation, parent, options, checks, and whatever else is to be kept; the
     licence is copied from the parent's card when the parent is a directory that states one.
+    `config` is needed where `out` holds no config.json.
     """
+    config = config or config_from_hf(read_json(out / "config.json"), out / "config.json")
     licence = licence_of(Path(str(lineage.get("parent", ""))))
     lineage = {"growmoe": __version__, **licence, **lineage}
     write_json(out / "growmoe.json", lineage)
-    write_text(out / "README.md", _card(out, lineage))
+    write_text(out / "README.md", _card(config, lineage))
 
 
 def licence_of(parent: Path) -> dict[str, Any]:
@@ -42,8 +46,7 @@ def licence_of(parent: Path) -> dict[str, Any]:
     return {k: fields[k] for k in ("license", "license_name", "license_link") if k in fields}
 
 
-def _card(out: Path, lineage: dict[str, Any]) -> str:
-    config = config_from_hf(read_json(out / "config.json"), out / "config.json")
+def _card(config: ModelConfig, lineage: dict[str, Any]) -> str:
     front = {k: v for k, v in lineage.items() if k.startswith("license")}
     front |= {"library_name": "transformers", "pipeline_tag": "text-generation"}
     front |= {"tags": ["growmoe"], "base_model": str(lineage.get("parent"))}

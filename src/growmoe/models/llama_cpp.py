@@ -5,15 +5,18 @@ Needs xllamacpp, a build of llama.cpp for Python, which is imported when a file 
 
 import json
 import secrets
+import sys
 import urllib.request
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
 from growmoe.errors import GrowmoeError, UsageError
+from growmoe.models.gguf_header import read_gguf_header
 
 
 class LlamaCpp:
@@ -118,12 +121,23 @@ def next_token_log_probs(
 
 
 def _vocab_size(path: Path) -> int:
-    from gguf import GGUFReader
-
-    try:
-        tokens = GGUFReader(path).get_field("tokenizer.ggml.tokens")
-    except (ValueError, OSError, IndexError) as error:
-        raise GrowmoeError(f"{path} is not a whole GGUF file ({error})") from None
-    if tokens is None:  # its server would end the process
+    header = read_gguf_header(path)
+    if "tokenizer.ggml.model" not in header.fields:  # its server would end the process
         raise GrowmoeError(f"{path} holds no tokenizer, without which llama.cpp answers nothing")
-    return len(tokens.data)
+    return header.tensors["token_embd.weight"].shape[0]
+
+
+def main() -> None:
+    """`python -m growmoe.models.llama_cpp FILE OUT`: ids as JSON on standard input; writes the
+    log-probabilities of the 1000 likeliest tokens after each, NaN for the others."""
+    file, out = Path(sys.argv[1]), Path(sys.argv[2])
+    ids = json.load(sys.stdin)
+    with LlamaCpp(file, context=max(64, len(ids) + 8)) as engine:
+        save_file({"log_probs": engine.log_probs(ids, top=1000)}, out)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except GrowmoeError as error:
+        sys.exit(str(error))

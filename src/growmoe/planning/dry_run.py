@@ -8,11 +8,12 @@ from growmoe.errors import GrowmoeError, UsageError
 from growmoe.files import read_json
 from growmoe.models.config import DTYPE_BYTES, ModelConfig
 from growmoe.models.growing import plan_growth
+from growmoe.models.targets import changed_config, export_target
 from growmoe.models.upcycling import Upcycling, upcycled_config, why_lossy
 from growmoe.planning.origins import growth_origins, origin_table, upcycling_origins
 from growmoe.planning.recipes import config_of, config_to_train, describe, vocab_target
 from growmoe.planning.scratch import Spent, scratch_warning, spent_on
-from growmoe.recipe import GrowStage, PrepareStage, TrainStage, UpcycleStage
+from growmoe.recipe import ExportStage, GrowStage, PrepareStage, TrainStage, UpcycleStage
 
 
 def dry_run(spec: Any, out: Path | None = None) -> dict[str, Any]:
@@ -26,6 +27,8 @@ def dry_run(spec: Any, out: Path | None = None) -> dict[str, Any]:
         plan["disk_free"] = shutil.disk_usage(_existing(out)).free
     if isinstance(spec, GrowStage | UpcycleStage):
         return plan | _derived(spec, plan.get("disk_free"))
+    if isinstance(spec, ExportStage):
+        return plan | _export(spec)
     if isinstance(spec, TrainStage):
         return plan | _training(spec)
     if isinstance(spec, PrepareStage):
@@ -90,6 +93,21 @@ def _derived(spec: GrowStage | UpcycleStage, free: int | None) -> dict[str, Any]
         "warnings": warnings,
         "tensors": origin_table(source, target, origins),
     }
+
+
+def _export(spec: ExportStage) -> dict[str, Any]:
+    path = Path(spec.model)
+    source = config_of(path)
+    target = export_target(source, spec.engine, spec.portable, spec.as_gguf)
+    dtype = stored_dtype(path)
+    after = _shape(changed_config(source, target.steps), spec.dtype or dtype)
+    after["family"] = "gguf" if spec.as_gguf else target.family
+    return {
+        "in": {"path": str(path), **_shape(source, dtype)}, "out": after,
+        "declared_exact": True, "changes_of_form": list(target.steps),
+        "verification": "reloaded and compared" if spec.verify else "left out: unverified",
+        "warnings": list(target.notes),
+    }  # fmt: skip
 
 
 def _shape(config: ModelConfig, dtype: str) -> dict[str, Any]:
