@@ -138,9 +138,8 @@ def main() -> None:
                   f"in {time.monotonic() - begun:.0f}s", flush=True)  # fmt: skip
     rows = table(results)
     draw(results, small, options.out / "growth_training.svg")
-    print(
-        f"\nThe small model: {small:.4f}\n\n| variant | right after | middle | end |\n|---|---|---|---|"
-    )
+    print(f"\nThe small model: {small:.4f}\n")
+    print("| variant | right after | middle | end |\n|---|---|---|---|")
     for row in sorted(rows, key=lambda row: row["end"]):
         cells = [f"{row[k]:.3f} ± {row[f'{k}_spread'] / 2:.3f}" for k in ("start", "middle", "end")]
         print(f"| {row['variant']} | " + " | ".join(cells) + " |")
