@@ -22,7 +22,7 @@ import torch
 
 from growmoe.models.checkpoint import write_model
 from growmoe.models.config import ModelConfig, tensor_shapes
-from growmoe.planning.recipes import config_of
+from growmoe.planning.derived import config_of
 
 
 def synthetic(folder: Path, gigabytes: float) -> ModelConfig:

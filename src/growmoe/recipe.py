@@ -414,7 +414,7 @@ STAGES: dict[str, type[Strict]] = {
     "evaluate": EvaluateStage,
     "generate": GenerateStage,
 }
-MODEL_STAGES = ("train", "grow", "upcycle")
+MODEL_STAGES = ("train", "grow", "upcycle", "export")
 REFERENCES = {"model": MODEL_STAGES, "a": MODEL_STAGES, "b": MODEL_STAGES, "data": ("prepare",)}
 
 

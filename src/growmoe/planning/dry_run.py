@@ -7,11 +7,9 @@ from typing import Any
 from growmoe.errors import GrowmoeError, UsageError
 from growmoe.files import read_json
 from growmoe.models.config import DTYPE_BYTES, ModelConfig
-from growmoe.models.growing import plan_growth
 from growmoe.models.targets import changed_config, export_target
-from growmoe.models.upcycling import Upcycling, upcycled_config, why_lossy
-from growmoe.planning.origins import growth_origins, origin_table, upcycling_origins
-from growmoe.planning.recipes import config_of, config_to_train, describe, vocab_target
+from growmoe.planning.derived import config_of, derivation, derived_config, describe
+from growmoe.planning.recipes import config_to_train
 from growmoe.planning.scratch import Spent, scratch_warning, spent_on
 from growmoe.recipe import ExportStage, GrowStage, PrepareStage, TrainStage, UpcycleStage
 
@@ -63,19 +61,7 @@ def _derived(spec: GrowStage | UpcycleStage, free: int | None) -> dict[str, Any]
     path = Path(spec.model)
     source = config_of(path)
     dtype = spec.dtype or stored_dtype(path)
-    layers = None
-    if isinstance(spec, GrowStage):
-        growth = plan_growth(source, spec, vocab_target(spec, source))
-        target, lossy = growth.config, list(growth.lossy)
-        origins = growth_origins(source, growth)
-        layers = list(growth.depth.source) if growth.depth else None
-    else:
-        up = Upcycling.of(spec)
-        target = upcycled_config(source, up)
-        assert target.moe is not None
-        reason = why_lossy(up, target.moe.experts)
-        lossy = [reason] if reason else []
-        origins = upcycling_origins(target)
+    target = derived_config(source, spec)
     before, after = _shape(source, stored_dtype(path)), _shape(target, dtype)
     warnings = []
     if free is not None and after["bytes_on_disk"] > free:
@@ -86,12 +72,8 @@ def _derived(spec: GrowStage | UpcycleStage, free: int | None) -> dict[str, Any]
     return {
         "in": {"path": str(path), **before},
         "out": after,
-        "declared_exact": not lossy,
-        **({"lossy_because": lossy} if lossy else {}),
-        **({"layer_map": layers} if layers else {}),
-        "verification": "logits against the source" if spec.verify else "left out: unverified",
         "warnings": warnings,
-        "tensors": origin_table(source, target, origins),
+        **derivation(source, spec),
     }
 
 

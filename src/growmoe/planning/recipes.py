@@ -6,13 +6,17 @@ from typing import Any
 from growmoe.errors import GrowmoeError, UsageError
 from growmoe.files import read_json
 from growmoe.models.config import ModelConfig
-from growmoe.models.families import config_from_hf, pick_family
-from growmoe.models.gguf_header import gguf_config, read_gguf_header
-from growmoe.models.growing import plan_growth
 from growmoe.models.presets import preset
-from growmoe.models.upcycling import Upcycling, upcycled_config
+from growmoe.planning.derived import (
+    config_of,
+    derivation,
+    derived_config,
+    describe,
+    exported_config,
+)
 from growmoe.planning.scratch import Spent, scratch_warning, spent_on
 from growmoe.recipe import (
+    ExportStage,
     GrowStage,
     InitModel,
     PrepareStage,
@@ -20,6 +24,8 @@ from growmoe.recipe import (
     TrainStage,
     UpcycleStage,
 )
+
+ModelStage = TrainStage | GrowStage | UpcycleStage | ExportStage
 
 
 def initial_config(init: InitModel, vocab_size: int) -> ModelConfig:
@@ -47,36 +53,6 @@ def initial_config(init: InitModel, vocab_size: int) -> ModelConfig:
     )
 
 
-def config_of(path: Path) -> ModelConfig:
-    """The shape of the model in a directory, from its config.json alone."""
-    if path.suffix == ".gguf":
-        return gguf_config(read_gguf_header(path))
-    file = path / "config.json" if path.is_dir() else path
-    if not file.exists():
-        raise UsageError(f"{path} holds no config.json, so it is not a model directory")
-    return config_from_hf(read_json(file), file)
-
-
-def describe(config: ModelConfig, context: int | None = None) -> dict[str, Any]:
-    """The accounting of one model. FLOPs are those of a forward pass for one token."""
-    return {
-        "family": pick_family(config),
-        "layers": config.num_layers,
-        "hidden": config.hidden_size,
-        "heads": config.num_heads,
-        "kv_heads": config.num_kv_heads,
-        "ffn": config.moe.ffn_size if config.moe else config.ffn_size,
-        "experts": max(config.moe.experts) if config.moe else 0,
-        "top_k": config.moe.top_k if config.moe else 0,
-        "vocab": config.vocab_size,
-        "params_total": config.params_total(),
-        "params_active": config.params_active(),
-        "flops_per_token": config.flops_per_token(context),
-        "bytes": config.bytes("bfloat16"),
-        "kv_bytes_per_token": config.kv_bytes_per_token("bfloat16"),
-    }
-
-
 def plan_recipe(recipe: Recipe) -> list[dict[str, Any]]:
     """One entry per stage with what it will make, and `warnings`. Raises UsageError with every
     impossible step; stages that build on an impossible one are left out."""
@@ -89,7 +65,7 @@ def plan_recipe(recipe: Recipe) -> list[dict[str, Any]]:
         entry: dict[str, Any] = {"stage": stage.stage, "name": stage.name}
         if isinstance(stage, PrepareStage):
             vocabs[stage.name] = _vocab_of(stage)
-        if isinstance(stage, TrainStage | GrowStage | UpcycleStage):
+        if isinstance(stage, ModelStage):
             try:
                 config = _config_after(stage, configs, vocabs)
             except GrowmoeError as error:
@@ -99,6 +75,10 @@ def plan_recipe(recipe: Recipe) -> list[dict[str, Any]]:
             if config is not None:
                 context = stage.sequence_length if isinstance(stage, TrainStage) else None
                 entry |= describe(config, context)
+                if isinstance(stage, GrowStage | UpcycleStage):
+                    source = _source_of(stage, configs)
+                    assert source is not None
+                    entry |= derivation(source, stage)
                 before = _spent_before(stage, spent)
                 spent[stage.name] = before
                 if isinstance(stage, TrainStage):
@@ -115,7 +95,7 @@ def plan_recipe(recipe: Recipe) -> list[dict[str, Any]]:
     return plan
 
 
-def _spent_before(stage: TrainStage | GrowStage | UpcycleStage, spent: dict[str, Spent]) -> Spent:
+def _spent_before(stage: ModelStage, spent: dict[str, Spent]) -> Spent:
     """What the model that a stage starts from has cost."""
     if stage.model is None:
         return Spent()
@@ -133,7 +113,7 @@ def config_to_train(stage: TrainStage) -> ModelConfig:
 
 
 def _config_after(
-    stage: TrainStage | GrowStage | UpcycleStage,
+    stage: ModelStage,
     configs: dict[str, ModelConfig | None],
     vocabs: dict[str, int],
 ) -> ModelConfig | None:
@@ -143,15 +123,20 @@ def _config_after(
         assert stage.init is not None
         vocab = vocabs.get(stage.data) or _corpus_vocab(stage.data)
         return check_context(stage, initial_config(stage.init, vocab))
-    assert stage.model is not None
-    source = configs[stage.model] if stage.model in configs else config_of(Path(stage.model))
+    source = _source_of(stage, configs)
     if source is None:
         return None
     if isinstance(stage, TrainStage):
         return check_context(stage, source)
-    if isinstance(stage, UpcycleStage):
-        return upcycled_config(source, Upcycling.of(stage))
-    return plan_growth(source, stage, vocab_target(stage, source)).config
+    if isinstance(stage, ExportStage):
+        return exported_config(source, stage)
+    return derived_config(source, stage)
+
+
+def _source_of(stage: ModelStage, configs: dict[str, ModelConfig | None]) -> ModelConfig | None:
+    """The shape of the model that a stage starts from; None when it is impossible itself."""
+    assert stage.model is not None
+    return configs[stage.model] if stage.model in configs else config_of(Path(stage.model))
 
 
 def check_context(stage: TrainStage, config: ModelConfig) -> ModelConfig:
@@ -176,18 +161,3 @@ def _vocab_of(stage: PrepareStage) -> int:
 
 def _corpus_vocab(path: str) -> int:
     return int(read_json(Path(path) / "manifest.json")["tokenizer"]["vocab_size"])
-
-
-def vocab_target(spec: GrowStage, source: ModelConfig) -> int | None:
-    """The vocabulary that a growth leads to when a new tokenizer sets it; None leaves it alone.
-
-    Raises UsageError when the tokenizer has fewer tokens than the model's."""
-    if spec.vocab_tokenizer is None:
-        return spec.vocab
-    from growmoe.data.tokenizer import load_tokenizer
-
-    size = load_tokenizer(Path(spec.vocab_tokenizer)).get_vocab_size()
-    wanted = spec.vocab or max(size, source.vocab_size)
-    if wanted < size:
-        raise UsageError(f"vocab {wanted} cannot hold the {size} tokens of {spec.vocab_tokenizer}")
-    return wanted

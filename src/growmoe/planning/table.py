@@ -80,5 +80,12 @@ def _recipe_lines(stages: list[dict[str, Any]]) -> list[str]:
         )
         lines.append(f"{row['stage']:<10}{row['name']:<14}{row.get('family', ''):<11}{cells}")
     for row in stages:
+        if "tensors" in row:
+            why = "; ".join(row.get("lossy_because", [])) or "the same function"
+            lines.append(f"{row['name']}: {why}")
+            if "layer_map" in row:
+                lines.append(f"  layers copied: {' '.join(map(str, row['layer_map']))}")
+            lines += _tensor_lines(row["tensors"])
+    for row in stages:
         lines += [f"warning: {row['name']}: {text}" for text in row.get("warnings", [])]
     return lines

@@ -7,7 +7,7 @@ from growmoe.data.tokenizer import load_tokenizer
 from growmoe.errors import UsageError
 from growmoe.growth.compose import grow
 from growmoe.models.checkpoint import open_source
-from growmoe.planning.recipes import vocab_target
+from growmoe.planning.derived import vocab_target
 from growmoe.publishing import publish_derived
 from growmoe.recipe import GrowStage
 

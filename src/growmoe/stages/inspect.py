@@ -5,7 +5,7 @@ from typing import Any
 
 from growmoe.errors import UsageError
 from growmoe.files import read_json
-from growmoe.planning.recipes import describe
+from growmoe.planning.derived import describe
 
 
 def run(path: Path, tensors: bool) -> dict[str, Any]:

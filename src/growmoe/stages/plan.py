@@ -4,7 +4,8 @@ from pathlib import Path
 from typing import Any
 
 from growmoe.models.presets import preset as find_preset
-from growmoe.planning.recipes import config_of, describe, plan_recipe
+from growmoe.planning.derived import config_of, describe
+from growmoe.planning.recipes import plan_recipe
 from growmoe.recipe_yaml import load_recipe
 
 
