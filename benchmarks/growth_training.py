@@ -10,6 +10,7 @@ Writes OUT/growth_training.json and .svg; prints a Markdown table and ends in on
 
 import argparse
 import json
+import re
 import statistics
 import time
 from pathlib import Path
@@ -131,7 +132,7 @@ def main() -> None:
                 continue
             begun = time.monotonic()
             model, _ = started(variant, options.model, target, seed)
-            work = options.out / f"{'-'.join(name.replace('/', 'by').split())}-{seed}"
+            work = options.out / f"{re.sub('[^A-Za-z]+', '-', name)}-{seed}"
             points = run_one(model, corpus, options, seed, work)
             results.setdefault(name, []).append(points)
             print(f"{name} seed {seed}: {points[0][1]:.4f} -> {points[-1][1]:.4f} "

@@ -111,7 +111,7 @@ stages:
         ("model: big", "model: moe", "recipe.yaml:17: stages[3].model: 'moe' is neither an earlier "
          "stage nor an existing path; it comes later"),
         ("model: big", "model: corpus", "recipe.yaml:17: stages[3].model: 'corpus' is a prepare "
-         "stage, not train or grow or upcycle"),
+         "stage, not train or grow or upcycle or export"),
         ("name: big", "name: small", "recipe.yaml:11: stages[2].name: two stages are called "
          "'small'"),
         ("name: t\n", "", "recipe.yaml:1: name: this key is required"),

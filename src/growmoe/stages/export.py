@@ -67,7 +67,7 @@ def _through_transformers(folder: Path, sequences: list[Tensor]) -> str:
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     if written.family == "growmoe":
-        import growmoe.hf  # noqa: F401
+        import growmoe.models.hf  # noqa: F401
     model, loading = transformers.AutoModelForCausalLM.from_pretrained(
         folder, dtype=torch.float32, output_loading_info=True
     )
