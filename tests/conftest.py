@@ -1,5 +1,7 @@
 """Fixtures: tiny random models, a tiny corpus, and the command line in a subprocess."""
 
+import contextlib
+import io
 import json
 import os
 import subprocess
@@ -16,6 +18,7 @@ torch.set_num_threads(1)
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["HF_HUB_OFFLINE"] = "1"
 
+from growmoe.cli import main
 from growmoe.models.checkpoint import copy_tokenizer, parameter_views, save_model
 from growmoe.models.config import ModelConfig
 from growmoe.models.transformer import Transformer
@@ -38,7 +41,24 @@ class Finished:
         return json.loads(self.out.splitlines()[-1])
 
 
-def growmoe(
+def growmoe(*arguments: object, env: dict[str, str] | None = None) -> Finished:
+    """Run the command line; in this process, which is seconds faster, unless `env` is given."""
+    if env is not None:
+        return fresh_growmoe(*arguments, env=env)
+    out, err = io.StringIO(), io.StringIO()
+    before = Path.cwd()
+    os.chdir(ROOT)
+    try:
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            main([str(argument) for argument in arguments])
+    except SystemExit as end:
+        code = end.code
+    finally:
+        os.chdir(before)
+    return Finished(code if isinstance(code, int) else 0, out.getvalue(), err.getvalue())
+
+
+def fresh_growmoe(
     *arguments: object, timeout: float = 240, env: dict[str, str] | None = None
 ) -> Finished:
     """Run the command line in a process of its own."""

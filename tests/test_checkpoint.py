@@ -9,7 +9,7 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from conftest import growmoe, tiny_model, write_tiny
+from conftest import fresh_growmoe, growmoe, tiny_model, write_tiny
 from growmoe.errors import GrowmoeError, UsageError
 from growmoe.models.checkpoint import Directory, load_model, save_model, write_model
 from growmoe.models.config import MoEConfig
@@ -277,7 +277,7 @@ def test_damage_reaches_the_command_line_as_one_sentence(model_dir: Path, tmp_pa
     assert "Traceback" not in done.err
     assert not (tmp_path / "out").exists()
     assert not list(tmp_path.glob(".out*"))
-    debug = growmoe("upcycle", model_dir, tmp_path / "out", "--debug")
+    debug = fresh_growmoe("upcycle", model_dir, tmp_path / "out", "--debug")
     assert "Traceback" in debug.err
 
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 import transformers
 
-from conftest import ROOT, growmoe, write_tiny
+from conftest import ROOT, fresh_growmoe, growmoe, write_tiny
 from growmoe.cli import main
 from growmoe.models.checkpoint import load_model
 
@@ -453,7 +453,7 @@ def test_a_full_disk(kind: str, dense: Path, texts: Path, tmp_path: Path) -> Non
             "upcycle": ["upcycle", dense, disk / "out"],
             "prepare": ["prepare", texts, "--out", disk / "out", "--vocab", 300],
         }[kind]
-        done = growmoe(*arguments)
+        done = fresh_growmoe(*arguments)
         assert done.code == 1, done.err
         assert "Traceback" not in done.err
         last = done.err.splitlines()[-1]

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from conftest import growmoe
+from conftest import fresh_growmoe
 from growmoe.data.tokenizer import load_tokenizer
 from growmoe.inference.generate import Sampling, stream_text
 from growmoe.models.checkpoint import build_model, load_model
@@ -43,12 +43,12 @@ def test_the_weights_of_a_real_gguf_file(tmp_path: Path) -> None:
 def test_the_road_from_smollm2(tmp_path: Path) -> None:
     """Import, grow 576 -> 768 exactly, upcycle to 4 experts: the loss stays to 4 decimals."""
     source, wide, moe = gguf_file(), tmp_path / "wide", tmp_path / "moe"
-    done = growmoe("grow", source, wide, "--hidden", 768, "--ffn", 2048, timeout=900)
+    done = fresh_growmoe("grow", source, wide, "--hidden", 768, "--ffn", 2048, timeout=900)
     assert done.code == 0, done.err
     assert load_model(wide).config.num_heads == 12
-    done = growmoe("upcycle", wide, moe, "--experts", 4, timeout=900)
+    done = fresh_growmoe("upcycle", wide, moe, "--experts", 4, timeout=900)
     assert done.code == 0, done.err
-    done = growmoe("verify", source, moe, timeout=900)
+    done = fresh_growmoe("verify", source, moe, timeout=900)
     assert done.code == 0, done.err
     found = done.json
     assert found["exact"]

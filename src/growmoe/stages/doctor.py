@@ -9,7 +9,8 @@ from typing import Any
 
 from growmoe import __version__
 
-EXTRAS = {"data": ("pyarrow", "zstandard", "ftfy"), "plots": ("matplotlib",), "gguf": ("gguf",)}
+EXTRAS = {"data": ("pyarrow", "zstandard", "ftfy"), "plots": ("matplotlib",), "gguf": ("gguf",),
+          "llama-cpp": ("xllamacpp",)}  # fmt: skip
 
 
 def run() -> dict[str, Any]:
