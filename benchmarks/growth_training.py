@@ -116,6 +116,7 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("--tokens", type=int, default=120_000)
     parser.add_argument("--seeds", type=int, default=2)
+    parser.add_argument("--first-seed", type=int, default=0, help="runs that exist are kept")
     parser.add_argument("--every", type=int, default=10, help="steps between validations")
     parser.add_argument("--lr", type=float, default=1.5e-3)
     parser.add_argument("--target", default='{"hidden": 256, "layers": 6, "ffn": 704}')
@@ -126,7 +127,7 @@ def main() -> None:
     small = mean_loss(domain_losses(build_model(source), corpus.validation_windows()))
     results: dict[str, list[list[tuple[int, float]]]] = {}
     options.out.mkdir(parents=True, exist_ok=True)
-    for seed in range(options.seeds):
+    for seed in range(options.first_seed, options.seeds):
         for name, variant in VARIANTS.items():
             if options.only and name not in options.only:
                 continue

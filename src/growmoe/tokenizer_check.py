@@ -11,6 +11,7 @@ from typing import Any
 from growmoe.errors import GrowmoeError
 from growmoe.files import read_json, write_json
 from growmoe.models.config import ModelConfig
+from growmoe.models.families import pick_family
 
 PROBE = (
     "The year 2024 had 366 days;  two  spaces,\ttabs\n\nand lines. naïve café ﬁx x² ½ "
@@ -41,6 +42,8 @@ def check_tokenizer(home: Path, out: Path, config: ModelConfig) -> dict[str, Any
             f"{home}: its tokenizer gives token {max(ids)}, outside the vocabulary of "
             f"{config.vocab_size}; it does not fit the model"
         )
+    if pick_family(config) == "growmoe":
+        import growmoe.models.hf  # noqa: F401 (registers the architecture)
     public = _public_ids(out)
     pinned = False
     if public is not None and public != ids:
