@@ -36,6 +36,7 @@ from growmoe.models.checkpoint import (
 from growmoe.models.config import ModelConfig
 from growmoe.models.families import pick_family
 from growmoe.models.lineage import write_lineage
+from growmoe.planning.scratch import spent_on
 from growmoe.progress import Progress
 from growmoe.tokenizer_check import check_tokenizer
 from growmoe.training.validation import mean_loss
@@ -82,8 +83,11 @@ def publish_derived(
         "history": history(parent, operation, source_path, exact=not lossy),
     }
     if operation == "upcycle":
-        dense = {key: parent.get(f"{key}_total", 0) for key in ("tokens", "flops")}
-        lineage["dense_spent"] = {**dense, "tokens": spec.pretrained_tokens or dense["tokens"]}
+        dense = spent_on(source_path, source.config, spec.pretrained_tokens)
+        lineage["dense_spent"] = {
+            "tokens": dense.dense_tokens or 0, "flops": dense.dense_flops or 0,
+            "tokens_before": lineage["tokens_total"], "flops_before": lineage["flops_total"],
+        }  # fmt: skip
     elif "dense_spent" in parent:
         lineage["dense_spent"] = parent["dense_spent"]
     write_lineage(staged, lineage)
