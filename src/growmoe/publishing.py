@@ -179,16 +179,20 @@ def _resumable(work: Path, operation: str, spec: Any, identity: str) -> Iterator
             f"{work} holds an unfinished {read_json(mark).get('operation')} with other options or "
             "from another input; remove it to start over"
         )
+    if not mark.exists() and folder.exists() and any(folder.iterdir()):
+        raise UsageError(f"{folder} holds files that no unfinished run claims; remove it")
     folder.mkdir(exist_ok=True)
     write_json(mark, wanted)
+    for file in folder.glob(".*.tmp"):  # of a process that was killed
+        file.unlink()
     try:
         yield folder
     except KeyboardInterrupt:
         print(f"\nfinished files are kept in {work}; the same command continues", file=sys.stderr)
         raise
     except BaseException:
-        mark.unlink(missing_ok=True)
         shutil.rmtree(folder, ignore_errors=True)
+        mark.unlink(missing_ok=True)
         raise
     mark.unlink()
     folder.rmdir()
