@@ -49,6 +49,9 @@ def _check_texts(spec: Any) -> None:
     text, data = getattr(spec, "text", None), getattr(spec, "data", None)
     if text and ":" not in text and not any(c in text for c in "*?[") and not Path(text).exists():
         raise UsageError(f"{text} does not exist")
+    model = Path(getattr(spec, "model", None) or getattr(spec, "a", None) or "x.gguf")
+    if text and model.is_dir() and not (model / "tokenizer.json").exists():
+        raise UsageError(f"{model} holds no tokenizer.json, so {text} cannot be tokenised")
     if data and not (Path(data) / "manifest.json").exists():
         raise UsageError(f"{data} holds no manifest.json, so it is not a corpus directory")
 
