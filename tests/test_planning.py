@@ -189,6 +189,7 @@ def test_the_plan_of_silent_layers_and_of_aki_is_printed(tmp_path: Path, capsys)
 def verbs(tmp_path: Path) -> dict[str, list[object]]:
     model, text = write_tiny(tmp_path / "m"), tmp_path / "t.txt"
     text.write_text("some words")
+    (model / "tokenizer.json").write_text("{}")  # a dry run only sees that there is one
     recipe = tmp_path / "r.yaml"
     recipe.write_text(f"name: r\noutput: {tmp_path / 'run'}\nstages:\n"
                       f"  - {{stage: grow, model: {model}, layers: 4}}\n")  # fmt: skip
@@ -251,6 +252,38 @@ def test_a_dry_run_refuses_what_the_real_run_refuses(tmp_path: Path, capsys) -> 
     (tmp_path / "o").mkdir()
     code, _, err = run(capsys, "grow", model, tmp_path / "o", "--layers", "4", "--dry-run")
     assert (code, "already exists" in err) == (2, True)
+
+
+@pytest.mark.parametrize(
+    ("verb", "options", "words"),
+    [
+        ("grow", "--layers 5 --noise-db 20", "noise: copies needs hidden"),
+        ("grow", "--head-dim 8 --noise-db 20", "noise: copies needs hidden"),
+        ("grow", "--layers 5 --split even", "split needs"),
+        ("grow", "--layers 5 --units zero_pad", "units: zero_pad needs"),
+        ("grow", "--hidden 48 --guard 1,1 --method fpi", "guard and branch_scale need layers"),
+        ("grow", "--hidden 48 --depth interpolate", "depth: interpolate needs layers"),
+        ("grow", "--layers 4 --vocab-init zeros", "vocab_init: zeros needs vocab"),
+        ("grow", "--layers 4 --merge-kv mean", "merge_kv needs kv_heads"),
+        ("grow", "--noise everywhere --noise-db -10000", "noise_db: input should be"),
+        ("grow", "--hidden 48 --shard-gb 1e300", "shard_gb: input should be"),
+        ("grow", "--depth 0,1,", "depth: give identity, stack"),
+        ("grow", "--layers 4 --depth stack --guard 3", "guard: give two numbers"),
+        ("upcycle", "--experts x", "experts: give a number"),
+        ("upcycle", "--experts 0", "experts: give a number"),
+        ("upcycle", "--experts 4 --router-std 1e300", "router_std: input should be"),
+        ("upcycle", "--experts 4 --noise 0.1", "noise is for expert_init: noise"),
+    ],
+)
+def test_options_that_would_do_nothing_or_harm_are_refused(
+    verb: str, options: str, words: str, tmp_path: Path, capsys
+) -> None:
+    model = write_tiny(tmp_path / "m")
+    code, _, err = run(capsys, verb, model, tmp_path / "o", *options.split())
+    assert (code, words in err) == (2, True), err
+    assert len(err.splitlines()) == 1
+    assert "[" not in err
+    assert [path.name for path in tmp_path.iterdir()] == ["m"]
 
 
 # ---- when from scratch may win ----
