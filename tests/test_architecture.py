@@ -11,7 +11,7 @@ PACKAGE = Path(__file__).resolve().parent.parent / "src" / "growmoe"
 LEAVES = {"errors", "files", "progress", "__init__"}
 TORCH_FREE_MODELS = {
     "config", "families", "gguf_arch", "gguf_header", "gguf_tokenizer", "growing", "presets",
-    "shapes", "targets", "upcycling",
+    "safetensors_header", "shapes", "targets", "upcycling",
 }  # fmt: skip
 # read only when a recipe is given a tokenizer
 LATE = {"growmoe.data.tokenizer"}
@@ -36,7 +36,8 @@ ALLOWED = {
     "artifacts": {"recipe", "models", "growth", "data", "training", "inference", "evaluation"},
     "tokenizer_check": {"models", "data"},
     "publishing": {
-        "artifacts", "tokenizer_check", "recipe", "models", "growth", "data", "training",
+        "artifacts", "tokenizer_check", "recipe", "models", "growth", "planning", "data",
+        "training",
     },
     "stages": {
         "artifacts", "publishing", "tokenizer_check", "recipe", "recipe_yaml",

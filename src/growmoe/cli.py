@@ -35,6 +35,9 @@ Data = Annotated[str | None, typer.Option(help="Corpus whose validation split to
 DryRun = Annotated[
     bool, typer.Option("--dry-run", help="Show what would be made, and read no weights.")
 ]
+NothingDone = Annotated[
+    bool, typer.Option("--dry-run", help="The same: this verb writes nothing and reads no weights.")
+]
 Verify = Annotated[bool, typer.Option(help="Check the result against the source on real text.")]
 ShardGb = Annotated[float | None, typer.Option(help="Largest file in GiB.")]
 Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; default as source.")]
@@ -468,6 +471,7 @@ def inspect(
     path: Annotated[str, typer.Argument(help="Model, corpus or run directory, or .gguf file.")],
     tensors: Annotated[bool, typer.Option("--tensors", help="List every tensor.")] = False,
     json_only: Json = False,
+    dry_run: NothingDone = False,
 ) -> None:
     """What is in a directory: shape, parameters, lineage, tensors; or a corpus's counts."""
     from growmoe.stages.inspect import run as inspect_stage
@@ -485,6 +489,7 @@ def plan(
     config: Annotated[Path | None, typer.Option(help="Model directory or config.json.")] = None,
     context: Annotated[int | None, typer.Option(help="Context for the FLOPs of attention.")] = None,
     json_only: Json = False,
+    dry_run: NothingDone = False,
 ) -> None:
     """Parameters, FLOPs and bytes before anything is spent; reads no weights."""
     from growmoe.stages.plan import run as plan_stage
@@ -502,15 +507,21 @@ def plan(
 def report(
     folder: Annotated[Path, typer.Argument(help="Run directory of a recipe.")],
     json_only: Json = False,
+    dry_run: DryRun = False,
 ) -> None:
     """Write report.html of a run: loss against FLOPs, stages, routing, lineage."""
+    if dry_run:
+        if not (folder / "summary.json").exists():
+            raise UsageError(f"{folder} holds no summary.json, so it is not a run directory")
+        _finish({"dry_run": True, "report": str(folder / "report.html")}, json_only)
+        return
     from growmoe.report.html import write_report
 
     _finish({"report": str(write_report(folder))}, json_only)
 
 
 @app.command()
-def doctor(json_only: Json = False) -> None:
+def doctor(json_only: Json = False, dry_run: NothingDone = False) -> None:
     """What this machine and installation can do."""
     from growmoe.stages.doctor import run as doctor_stage
 

@@ -36,6 +36,7 @@ from growmoe.models.checkpoint import (
 from growmoe.models.config import ModelConfig
 from growmoe.models.families import pick_family
 from growmoe.models.lineage import write_lineage
+from growmoe.planning.scratch import spent_on
 from growmoe.progress import Progress
 from growmoe.tokenizer_check import check_tokenizer
 from growmoe.training.validation import mean_loss
@@ -87,8 +88,11 @@ def publish_derived(
         "history": history(parent, operation, source_path, exact=not lossy),
     }
     if operation == "upcycle":
-        dense = {key: parent.get(f"{key}_total", 0) for key in ("tokens", "flops")}
-        lineage["dense_spent"] = {**dense, "tokens": spec.pretrained_tokens or dense["tokens"]}
+        dense = spent_on(source_path, source.config, spec.pretrained_tokens)
+        lineage["dense_spent"] = {
+            "tokens": dense.dense_tokens or 0, "flops": dense.dense_flops or 0,
+            "tokens_before": lineage["tokens_total"], "flops_before": lineage["flops_total"],
+        }  # fmt: skip
     elif "dense_spent" in parent:
         lineage["dense_spent"] = parent["dense_spent"]
     write_lineage(staged, lineage)
@@ -182,16 +186,20 @@ def _resumable(work: Path, operation: str, spec: Any, identity: str) -> Iterator
             f"{work} holds an unfinished {read_json(mark).get('operation')} with other options or "
             "from another input; remove it to start over"
         )
+    if not mark.exists() and folder.exists() and any(folder.iterdir()):
+        raise UsageError(f"{folder} holds files that no unfinished run claims; remove it")
     folder.mkdir(exist_ok=True)
     write_json(mark, wanted)
+    for file in folder.glob(".*.tmp"):  # of a process that was killed
+        file.unlink()
     try:
         yield folder
     except KeyboardInterrupt:
         print(f"\nfinished files are kept in {work}; the same command continues", file=sys.stderr)
         raise
     except BaseException:
-        mark.unlink(missing_ok=True)
         shutil.rmtree(folder, ignore_errors=True)
+        mark.unlink(missing_ok=True)
         raise
     mark.unlink()
     folder.rmdir()

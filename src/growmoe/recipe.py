@@ -4,8 +4,9 @@
 """
 
 import re
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr, model_validator
 
@@ -201,13 +202,30 @@ def _numbers(value: Any) -> Any:
     return numbers if "," in value else numbers[0]
 
 
-def _number_list(value: Any) -> Any:
+def _expert_counts(value: Any) -> Any:
     numbers = _numbers(value)
+    if isinstance(numbers, str) or (numbers == 0 and not isinstance(numbers, bool)):
+        raise ValueError("give a number of experts, or one per layer as 0,4,8 (0 is a dense layer)")
+    return numbers
+
+
+def _depth(value: Any) -> Any:
+    numbers = _numbers(value)
+    if isinstance(numbers, str) and numbers not in get_args(Depth):
+        raise ValueError(f"give {', '.join(get_args(Depth))}, or the layers to copy as 0,1,1,2")
     return [numbers] if isinstance(numbers, int) and not isinstance(numbers, bool) else numbers
+
+
+def _pair(value: Any) -> Any:
+    numbers = _numbers(value)
+    if not isinstance(numbers, list | tuple) or len(numbers) != 2:
+        raise ValueError("give two numbers, as 3,3")
+    return numbers
 
 
 Layer = Annotated[int, Field(ge=0)]
 Depth = Literal["identity", "stack", "interpolate", "dus"]
+Deviation = Annotated[float, Field(ge=0, le=1000)]
 
 
 class _Derived(_OnText):
@@ -218,7 +236,7 @@ class _Derived(_OnText):
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
     verify: bool = True
     """False leaves the check out; the output then says that it is unverified."""
-    shard_gb: Positive = 4.0
+    shard_gb: Annotated[float, Field(gt=0, le=1e6)] = 4.0
     """Largest file; finished files survive an interruption."""
     pretrained_tokens: Count | None = None
     """Training tokens of the source, where its lineage does not say; for the plan's warnings."""
@@ -242,10 +260,10 @@ class GrowStage(_Derived):
     vocab_tokenizer: str | None = None
     """A tokenizer whose first tokens are the model's; it replaces the model's own."""
     method: Literal["exact", "fpi", "aki", "aki-pro"] = "exact"
-    depth: Depth | Annotated[list[Layer], BeforeValidator(_number_list)] | None = None
+    depth: Annotated[Depth | list[Layer] | None, BeforeValidator(_depth)] = None
     """Default: identity for exact, interpolate for aki-pro, stack for fpi and aki. A list gives the
     layer that each new layer copies."""
-    guard: Annotated[tuple[Layer, Layer], BeforeValidator(_number_list)] = (0, 0)
+    guard: Annotated[tuple[Layer, Layer], BeforeValidator(_pair)] = (0, 0)
     """First and last layers that stack and interpolate leave single."""
     branch_scale: Literal["one", "count"] = "one"
     """count: o and down of a layer that occurs c times are divided by c."""
@@ -253,7 +271,7 @@ class GrowStage(_Derived):
     """New units of the residual stream and the feed-forward; new heads are always copies."""
     split: Literal["random", "even"] | None = None
     """How copies share what reads them; default random for exact, even for the published ones."""
-    noise_db: float | None = None
+    noise_db: Annotated[float, Field(ge=0, le=120)] | None = None
     """Signal-to-noise ratio of noise that breaks symmetry."""
     noise: Literal["copies", "everywhere"] = "copies"
     """copies: on what reads copies, adding up to zero over them (exact); everywhere: lossy."""
@@ -278,7 +296,28 @@ class GrowStage(_Derived):
         asked = isinstance(self.depth, list) or self.noise == "everywhere"
         if all(getattr(self, size) is None for size in sizes) and not asked:
             raise ValueError(f"nothing to grow: give at least one of {', '.join(sizes)}")
+        if idle := list(self._idle()):
+            raise ValueError("; ".join(idle))
         return self
+
+    def _idle(self) -> Iterator[str]:
+        """Options that would do nothing, because what they are for was not asked for."""
+        copies = self.hidden or self.heads or self.ffn
+        if self.noise == "copies" and self.noise_db is not None and not copies:
+            yield "noise: copies needs hidden, heads or ffn (everywhere needs no copies)"
+        if self.split is not None and not copies:
+            yield "split needs hidden, heads or ffn"
+        if self.units == "zero_pad" and not (self.hidden or self.ffn):
+            yield "units: zero_pad needs hidden or ffn"
+        deeper = self.layers is not None or isinstance(self.depth, list)
+        if self.depth is not None and not deeper:
+            yield f"depth: {self.depth} needs layers"
+        elif not deeper and (self.guard != (0, 0) or self.branch_scale != "one"):
+            yield "guard and branch_scale need layers"
+        if self.vocab_init != "mean" and self.vocab is None and self.vocab_tokenizer is None:
+            yield f"vocab_init: {self.vocab_init} needs vocab or vocab_tokenizer"
+        if self.merge_kv is not None and self.kv_heads is None:
+            yield "merge_kv needs kv_heads"
 
     @property
     def depth_method(self) -> Depth | list[int]:
@@ -302,7 +341,7 @@ class UpcycleStage(_Derived):
 
     stage: Literal["upcycle"]
     name: Name = "upcycle"
-    experts: Annotated[Count | tuple[Layer, ...], BeforeValidator(_numbers)] = 8
+    experts: Annotated[Count | tuple[Layer, ...], BeforeValidator(_expert_counts)] = 8
     """Routed experts of every layer, or a list with one number per layer (0 is a dense layer)."""
     top_k: Count = 2
     combine: Literal["renorm", "softmax", "sigmoid"] = "renorm"
@@ -311,12 +350,12 @@ class UpcycleStage(_Derived):
     router: Literal["normal", "zero", "virtual_group"] | None = None
     """virtual_group: one row per group of `granularity` experts, so that whole groups are chosen;
     the default when granularity is above 1, else normal."""
-    router_std: NonNegative = 0.02
+    router_std: Deviation = 0.02
     layers: Annotated[str, BeforeValidator(_layer_list)] = "all"
     """all, second, or a list like [3, 5, 7] or '3,5,7' (from 0)."""
     expert_init: Literal["copy", "noise", "drop", "permute"] = "copy"
     """noise and drop (Drop-Upcycling) are lossy, permute reorders hidden units."""
-    noise: NonNegative = 0.01
+    noise: Deviation = 0.01
     """expert_init noise: root mean square relative to each matrix."""
     drop: Fraction = 0.5
     """expert_init drop: part of the hidden units that is drawn anew."""

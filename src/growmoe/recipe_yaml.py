@@ -173,7 +173,9 @@ def check(
 
 
 def _clean_loc(loc: Loc) -> Loc:
-    """pydantic puts the discriminator's value into the path; the file has no such key."""
+    """pydantic puts the discriminator's value and the members of unions into the path; the file has
+    no such keys."""
+    loc = tuple(part for part in loc if not (isinstance(part, str) and "[" in part))
     if len(loc) > 2 and loc[0] == "stages" and loc[2] in STAGES:
         return (*loc[:2], *loc[3:])
     return loc
@@ -282,5 +284,6 @@ def stage_from_options(kind: str, options: dict[str, Any], overrides: list[str])
         lines = []
         for e in error.errors():
             e["loc"] = ("stages", 0, kind, *e["loc"])
-            lines.append(f"{_path(e['loc'][3:]) if e['loc'][3:] else kind}: {_message(e)}")
+            loc = _clean_loc(e["loc"])[2:]
+            lines.append(f"{_path(loc) if loc else kind}: {_message(e)}")
         raise UsageError("\n".join(lines)) from None

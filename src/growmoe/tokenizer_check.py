@@ -5,6 +5,7 @@ architecture can give other ids (SmolLM2's files beside a qwen2 config do).
 """
 
 import logging
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +26,9 @@ def check_tokenizer(home: Path, out: Path, config: ModelConfig) -> dict[str, Any
     (`out`), as the tokenizers library and as transformers read the directory.
 
     When transformers would pick a class that changes them, the class is named in
-    tokenizer_config.json, and tried again. Returns what goes into the lineage ({} without a
-    tokenizer). Raises GrowmoeError when the ids still differ.
+    tokenizer_config.json, and tried again; for some architectures (qwen2) it picks its own all the
+    same. Returns what goes into the lineage ({} without a tokenizer). Raises GrowmoeError when the
+    ids still differ, unless transformers reads the parent in that same way.
     """
     if not (out / "tokenizer.json").exists():
         return {}
@@ -44,19 +46,25 @@ def check_tokenizer(home: Path, out: Path, config: ModelConfig) -> dict[str, Any
         )
     if pick_family(config) == "growmoe":
         import growmoe.models.hf  # noqa: F401 (registers the architecture)
+    said = {"same_ids": True, "probe_tokens": len(ids), "class_pinned": False}
     public = _public_ids(out)
-    pinned = False
-    if public is not None and public != ids:
-        _pin_class(out)
-        pinned, public = True, _public_ids(out)
-        if public != ids:
-            raise GrowmoeError(
-                f"{home}: transformers would read this tokenizer as a class that changes it "
-                "(a probe text gets other token ids); set tokenizer_class in its "
-                "tokenizer_config.json to one that reads tokenizer.json as it is"
-            )
-    said = {"same_ids": True, "probe_tokens": len(ids), "class_pinned": pinned}
-    return {"tokenizer": {**said, "transformers": "same ids" if public else "not readable"}}
+    if public is None or public == ids:
+        return {"tokenizer": {**said, "transformers": "same ids" if public else "not readable"}}
+    _pin_class(out)
+    if _public_ids(out) == ids:
+        return {"tokenizer": {**said, "class_pinned": True, "transformers": "same ids"}}
+    if not home.is_dir() or _public_ids(home) != public:
+        raise GrowmoeError(
+            f"{home}: transformers would read this tokenizer beside a {pick_family(config)} model "
+            "as a class that changes it (a probe text gets other token ids), whatever "
+            "tokenizer_class says; use a tokenizer of that architecture"
+        )
+    print(
+        f"note: transformers reads {home / 'tokenizer.json'} as a class that changes it (a probe "
+        "text gets other token ids); that is so for the output too",
+        file=sys.stderr,
+    )
+    return {"tokenizer": {**said, "transformers": "other ids, as for the parent"}}
 
 
 def _public_ids(folder: Path) -> list[int] | None:

@@ -31,8 +31,8 @@ class Axis:
     read_unit: int = 1
     """Consecutive positions that share one share of the split (head_dim for heads)."""
     noise: float = 0.0
-    """Root mean square, relative to the matrix, of noise on the columns that read copies; it adds
-    up to zero over the copies of a position, so what is read together stays exact."""
+    """Root mean square, relative to what is read evenly, of noise on the columns that read copies;
+    it adds up to zero over the copies of a position, so what is read together stays exact."""
     seed: int = 0
     counts_N: Tensor = field(init=False)
     """Copies of the old position of each new one, in the whole axis."""
@@ -165,15 +165,18 @@ class _CopyNoise:
 
     def __init__(self, w_RC: Tensor, columns: Axis, name: str) -> None:
         self.columns, self.rng = columns, generator(columns.seed ^ 2, name)
-        self.std = columns.noise * root_mean_square(w_RC)
         self.copied_C = (columns.counts_N > 1) & (columns.index_N >= 0)
+        # c copies are read with 1/c each, and taking the mean out leaves 1 - 1/c of the variance
+        counts_C = columns.counts_N.to(torch.float64).clamp(min=2)
+        share_C = 1 / (counts_C * (1 - 1 / counts_C).sqrt())
+        self.std_C = columns.noise * root_mean_square(w_RC) * share_C * self.copied_C
 
     def draw(self, rows: int) -> Tensor:
         """The noise of the next `rows` rows [rows, columns], float64."""
         axis = self.columns
         shape = (rows, len(axis))
         noise = torch.randn(shape, generator=self.rng, dtype=torch.float32).to(torch.float64)
-        noise *= self.std * self.copied_C
+        noise *= self.std_C
         index_C = axis.index_N.clamp(min=0)
         total = torch.zeros(rows, int(index_C.max()) + 1, dtype=torch.float64)
         total.index_add_(1, index_C, noise)

@@ -24,8 +24,8 @@ from growmoe.models.families import (
     hf_names,
     pick_family,
 )
+from growmoe.models.safetensors_header import CODES, tensor_files, widest
 from growmoe.models.safetensors_io import (
-    CODES,
     DTYPES,
     TensorFile,
     numel,
@@ -70,7 +70,7 @@ class Directory:
         self.config = config_from_hf(read_json(config_path), config_path)
         self.family = pick_family(self.config)
         self._names = hf_names(self.config, self.family)
-        self._files = _index(path)
+        self._files = tensor_files(path)
         self._open: dict[str, TensorFile] = {}
         self.dtype = self._check()
 
@@ -80,7 +80,7 @@ class Directory:
         return self._open[file]
 
     def _check(self) -> str:
-        widest = "float16"
+        codes = []
         for name, shape in tensor_shapes(self.config).items():
             disk = self._names[name]
             if disk not in self._files:
@@ -100,9 +100,9 @@ class Directory:
                     f"{self.path / file}: tensor {disk} has dtype {code}; "
                     f"known are {', '.join(CODES)}"
                 )
-            widest = max(widest, CODES[code], key=["float16", "bfloat16", "float32", "float64"].index)  # fmt: skip  # noqa: E501
+            codes.append(code)
         self._refuse_unknown()
-        return widest
+        return widest(codes)
 
     def _refuse_unknown(self) -> None:
         known = set(self._names.values()) | {n for n, _ in empty_tensors(self.config, self.family)}
@@ -132,27 +132,6 @@ class Directory:
         """The directory's growmoe.json; empty for models from elsewhere."""
         path = self.path / "growmoe.json"
         return read_json(path) if path.exists() else {}
-
-
-def _index(path: Path) -> dict[str, str]:
-    """{tensor name on disk: file} from the index, or from the only safetensors file."""
-    index = path / "model.safetensors.index.json"
-    if index.exists():
-        table = read_json(index).get("weight_map")
-        if not isinstance(table, dict):
-            raise GrowmoeError(f"{index}: key 'weight_map' is missing")
-        for file in sorted(set(table.values())):
-            if not (path / file).exists():
-                raise GrowmoeError(f"{index} names {file}, which is not in {path}")
-        return table
-    single = path / "model.safetensors"
-    if not single.exists():
-        others = sorted(p.name for p in path.glob("*.bin")) + sorted(
-            p.name for p in path.glob("*.pt*")
-        )
-        hint = f" ({others[0]} is a pickle, which growmoe never reads)" if others else ""
-        raise GrowmoeError(f"{path} holds no model.safetensors{hint}")
-    return dict.fromkeys(TensorFile(single).names(), single.name)
 
 
 class File(Source, Protocol):

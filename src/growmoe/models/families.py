@@ -165,7 +165,7 @@ def config_from_hf(raw: Mapping[str, Any], where: Path) -> ModelConfig:
         return _from_growmoe(raw) if kind == "growmoe" else _from_llama_line(kind, raw, where)
     except KeyError as error:
         raise GrowmoeError(f"{where}: key {error} is missing") from None
-    except (TypeError, ValueError, ZeroDivisionError) as error:
+    except (TypeError, ValueError, AttributeError, ArithmeticError) as error:
         raise GrowmoeError(f"{where}: a value has the wrong type ({error})") from None
     except GrowmoeError as error:
         text = str(error)

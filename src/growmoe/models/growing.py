@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from growmoe.errors import GrowmoeError, UsageError
-from growmoe.models.config import ModelConfig
+from growmoe.models.config import ModelConfig, tensor_shapes
 from growmoe.models.shapes import (
     DepthMap,
     aki_origins,
@@ -35,11 +35,18 @@ class Growth:
     depth: DepthMap | None
     lossy: tuple[str, ...]
     """Why it is not the same function; empty when it is declared exact."""
+    more_rows: frozenset[str] = frozenset()
+    """The tensors of a layer that get new rows in width (without `layers.N.`)."""
 
     def origins(self, name: str, old_layers: int) -> tuple[str, ...]:
-        """The source tensors (one, or two under AKI) that the tensor `name` is made from."""
+        """The source tensors that the tensor `name` is made from: one, two for what gets new rows
+        under AKI, none for the zeros of silent layers."""
+        if self.depth is not None and self.depth.is_silent(name):
+            return ()
         before = self.depth.origin(name) if self.depth else name
-        return aki_origins(before, old_layers) if self.aki else (before,)
+        if not self.aki or before.partition(".")[2].partition(".")[2] not in self.more_rows:
+            return (before,)
+        return aki_origins(before, old_layers)
 
 
 def plan_growth(source: ModelConfig, spec: GrowStage, vocab: int | None = None) -> Growth:
@@ -68,8 +75,10 @@ def plan_growth(source: ModelConfig, spec: GrowStage, vocab: int | None = None) 
     widens = any((spec.hidden, spec.heads, spec.head_dim, spec.ffn)) or (
         bool(spec.kv_heads) and not merged
     )
+    narrow = config
     if widens:
         config = attempt(lambda c: _widened(c, spec), config)
+        widens = config != narrow
     aki = widens and spec.method in ("aki", "aki-pro")
     if aki and source.moe is not None:
         problems.append("AKI is defined for dense models only")
@@ -80,10 +89,18 @@ def plan_growth(source: ModelConfig, spec: GrowStage, vocab: int | None = None) 
         problems.append(str(error).removeprefix("cannot grow: "))
     if problems:
         raise UsageError("cannot grow: " + "; ".join(problems))
+    more_rows = frozenset(_more_rows(narrow, config))
     lossy = tuple(_lossy(source, config, spec, merged, widens, depth))
     if depth is not None:
         config = deepened_config(config, depth.source)
-    return Growth(config, vocab, merged, widens, aki, depth, lossy)
+    return Growth(config, vocab, merged, widens, aki, depth, lossy, more_rows)
+
+
+def _more_rows(narrow: ModelConfig, wide: ModelConfig) -> Iterator[str]:
+    old = tensor_shapes(narrow)
+    for name, shape in tensor_shapes(wide).items():
+        if name.startswith("layers.0.") and shape[0] != old[name][0]:
+            yield name.removeprefix("layers.0.")
 
 
 def _widened(config: ModelConfig, spec: GrowStage) -> ModelConfig:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from growmoe.errors import GrowmoeError
+from growmoe.models.safetensors_header import CODES, read_header
 
 DTYPES = {
     "float64": torch.float64,
@@ -22,9 +23,7 @@ DTYPES = {
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
 }
-CODES = {"F64": "float64", "F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 _CODE_OF = {name: code for code, name in CODES.items()}
-_LONGEST_HEADER = 100_000_000
 FINITE_CHUNK = 1 << 20
 
 
@@ -36,12 +35,7 @@ class TensorFile:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        try:
-            self._entries, self._start = _read_header(path)
-        except FileNotFoundError:
-            raise GrowmoeError(f"{path} does not exist, but the index names it") from None
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise GrowmoeError(f"{path} is not a whole safetensors file ({error})") from None
+        self._entries, self._start = read_header(path)
 
     def names(self) -> list[str]:
         """The tensors of this file."""
@@ -59,9 +53,14 @@ class TensorFile:
         return self._entries[name]["dtype"]
 
     def read(self, name: str) -> Tensor:
-        """The tensor, in memory of its own; raises GrowmoeError when it is not finite or the file
-        shrank."""
+        """The tensor, in memory of its own; raises GrowmoeError when its dtype is not known,
+        when it is not finite, or when the file shrank."""
         first, last = self._entries[name]["data_offsets"]
+        if self.code(name) not in CODES:
+            raise GrowmoeError(
+                f"{self.path}: tensor {name} has dtype {self.code(name)}; "
+                f"known are {', '.join(CODES)}"
+            )
         tensor = torch.empty(self.shape(name), dtype=DTYPES[CODES[self.code(name)]])
         if tensor.numel():
             buffer = tensor.view(-1).view(torch.uint8).numpy().data
@@ -83,29 +82,6 @@ def is_finite(tensor: Tensor) -> bool:
     double the memory)."""
     flat = tensor.reshape(-1)
     return all(bool(torch.isfinite(part).all()) for part in flat.split(FINITE_CHUNK))
-
-
-def _read_header(path: Path) -> tuple[dict[str, Any], int]:
-    """The entries of a header and where the data begin; raises ValueError and its like."""
-    size = os.path.getsize(path)
-    with open(path, "rb") as stream:
-        length = int.from_bytes(stream.read(8), "little")
-        if size < 8 or length > min(size - 8, _LONGEST_HEADER):
-            raise ValueError("the header is cut short")
-        entries = json.loads(stream.read(length))
-    if not isinstance(entries, dict):
-        raise ValueError("the header is not a JSON object")
-    entries.pop("__metadata__", None)
-    for name, entry in entries.items():
-        first, last = entry["data_offsets"]
-        shape, code = entry["shape"], entry["dtype"]
-        if not all(isinstance(side, int) and side >= 0 for side in (*shape, first, last)):
-            raise ValueError(f"tensor {name} has an impossible shape or place")
-        if code in CODES and last - first != math.prod(shape) * DTYPES[CODES[code]].itemsize:
-            raise ValueError(f"tensor {name} does not fill its place")
-        if last > size - 8 - length:
-            raise ValueError(f"tensor {name} lies beyond the end of the file")
-    return entries, 8 + length
 
 
 def numel(shape: tuple[int, ...]) -> int:

@@ -129,6 +129,12 @@ class DepthMap:
     source: tuple[int, ...]
     silent: frozenset[int] = frozenset()
 
+    def is_silent(self, name: str) -> bool:
+        """Whether the tensor `name` of the deeper model is zero, so that its layer adds nothing."""
+        if not name.startswith("layers.") or name.split(".")[-2] not in ("o", "down"):
+            return False
+        return int(name.split(".")[1]) in self.silent
+
     def origin(self, name: str) -> str:
         """The source's tensor that the tensor `name` of the deeper model comes from."""
         if not name.startswith("layers."):
@@ -203,6 +209,11 @@ def merged_kv_config(source: ModelConfig, kv_heads: int) -> ModelConfig:
     if source.num_kv_heads % kv_heads:
         raise UsageError(
             f"merge_kv: {source.num_kv_heads} kv heads do not divide into {kv_heads} groups"
+        )
+    if source.qk_norm and source.qk_norm_scope == "all":
+        raise UsageError(
+            "merge_kv: kv heads cannot be merged in a model that normalises keys over all heads "
+            "together"
         )
     return source.replace(num_kv_heads=kv_heads)
 

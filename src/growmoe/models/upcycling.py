@@ -128,7 +128,7 @@ def why_lossy(up: Upcycling, experts: tuple[int, ...]) -> str | None:
     """Why the upcycled model is not the same function, or None when it is."""
     if up.routed_share == 0.0:
         return None
-    if up.expert_init in ("noise", "drop"):
+    if (up.expert_init == "noise" and up.noise) or (up.expert_init == "drop" and up.drop):
         return f"expert_init {up.expert_init} changes the experts"
     if up.granularity > 1 and up.router != "virtual_group":
         return "slices of a feed-forward add up only when virtual groups are chosen whole"

@@ -1,5 +1,6 @@
 """What a verb would do and make, worked out without reading a weight. Imports no torch."""
 
+import math
 import shutil
 from pathlib import Path
 from typing import Any
@@ -7,6 +8,8 @@ from typing import Any
 from growmoe.errors import GrowmoeError, UsageError
 from growmoe.files import read_json
 from growmoe.models.config import DTYPE_BYTES, ModelConfig
+from growmoe.models.families import empty_tensors, pick_family
+from growmoe.models.safetensors_header import stored_dtype as dtype_of_weights
 from growmoe.models.targets import changed_config, export_target
 from growmoe.planning.derived import config_of, derivation, derived_config, describe
 from growmoe.planning.recipes import config_to_train
@@ -19,6 +22,7 @@ def dry_run(spec: Any, out: Path | None = None) -> dict[str, Any]:
     stage. Raises UsageError when the stage is impossible or `out` exists."""
     if out is not None and out.exists():
         raise UsageError(f"{out} already exists; choose another output directory or remove it")
+    _check_texts(spec)
     plan: dict[str, Any] = {"dry_run": True, "stage": spec.stage}
     if out is not None:
         plan["output"] = str(out)
@@ -41,6 +45,18 @@ def dry_run(spec: Any, out: Path | None = None) -> dict[str, Any]:
     return plan
 
 
+def _check_texts(spec: Any) -> None:
+    """Raises UsageError when a text or a corpus that a stage names is not there."""
+    text, data = getattr(spec, "text", None), getattr(spec, "data", None)
+    if text and ":" not in text and not any(c in text for c in "*?[") and not Path(text).exists():
+        raise UsageError(f"{text} does not exist")
+    model = Path(getattr(spec, "model", None) or getattr(spec, "a", None) or "x.gguf")
+    if text and model.is_dir() and not (model / "tokenizer.json").exists():
+        raise UsageError(f"{model} holds no tokenizer.json, so {text} cannot be tokenised")
+    if data and not (Path(data) / "manifest.json").exists():
+        raise UsageError(f"{data} holds no manifest.json, so it is not a corpus directory")
+
+
 def _existing(path: Path) -> Path:
     path = path.absolute()
     while not path.exists():
@@ -49,9 +65,12 @@ def _existing(path: Path) -> Path:
 
 
 def stored_dtype(path: Path) -> str:
-    """The dtype that a model's config.json names; float32 for GGUF (dequantised) and for none."""
+    """The dtype of a model's weights, or where there are none the one that its config.json names;
+    float32 for GGUF (dequantised) and for none."""
     if path.suffix == ".gguf":
         return "float32"
+    if path.is_dir() and (found := dtype_of_weights(path)):
+        return found
     raw = read_json(path / "config.json" if path.is_dir() else path)
     name = raw.get("dtype") or raw.get("torch_dtype")
     return name if name in DTYPE_BYTES else "float32"
@@ -95,7 +114,9 @@ def _export(spec: ExportStage) -> dict[str, Any]:
 def _shape(config: ModelConfig, dtype: str) -> dict[str, Any]:
     found = describe(config)
     del found["bytes"]
-    return {**found, "dtype": dtype, "bytes_on_disk": config.bytes(dtype)}
+    empty = sum(math.prod(shape) for _, shape in empty_tensors(config, pick_family(config)))
+    size = config.bytes(dtype) + empty * DTYPE_BYTES[dtype]
+    return {**found, "dtype": dtype, "bytes_on_disk": size}
 
 
 def _training(spec: TrainStage) -> dict[str, Any]:

@@ -79,7 +79,7 @@ def plan_recipe(recipe: Recipe) -> list[dict[str, Any]]:
                     source = _source_of(stage, configs)
                     assert source is not None
                     entry |= derivation(source, stage)
-                before = _spent_before(stage, spent)
+                before = _spent_before(stage, spent, configs)
                 spent[stage.name] = before
                 if isinstance(stage, TrainStage):
                     entry["tokens"] = stage.steps * stage.tokens_per_step
@@ -95,14 +95,19 @@ def plan_recipe(recipe: Recipe) -> list[dict[str, Any]]:
     return plan
 
 
-def _spent_before(stage: ModelStage, spent: dict[str, Spent]) -> Spent:
+def _spent_before(
+    stage: ModelStage, spent: dict[str, Spent],
+    configs: dict[str, ModelConfig | None],
+) -> Spent:  # fmt: skip
     """What the model that a stage starts from has cost."""
     if stage.model is None:
         return Spent()
-    if stage.model in spent and stage.pretrained_tokens is None:
-        return spent[stage.model]
-    path = Path(stage.model)
-    return spent_on(path, config_of(path), stage.pretrained_tokens)
+    said, earlier = stage.pretrained_tokens, configs.get(stage.model)
+    if earlier is None:
+        path = Path(stage.model)
+        return spent_on(path, config_of(path), said)
+    before = spent.get(stage.model, Spent())
+    return before if said is None else before.with_dense(said, earlier)
 
 
 def config_to_train(stage: TrainStage) -> ModelConfig:

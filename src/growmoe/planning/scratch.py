@@ -38,24 +38,27 @@ class Spent:
             dense_flops=(self.dense_flops or 0) + flops,
         )
 
+    def with_dense(self, tokens: int, config: ModelConfig) -> "Spent":
+        """With the dense training tokens that somebody said, at the cost of the dense model."""
+        flops = 3 * tokens * config.replace(moe=None).flops_per_token()
+        return dataclasses.replace(self, dense_tokens=tokens, dense_flops=flops)
+
 
 def spent_on(path: Path, config: ModelConfig, said: int | None = None) -> Spent:
-    """What the lineage of a model directory says, or `said` (training tokens of a dense model)."""
+    """What the lineage of a model directory says; `said` are training tokens of the dense model."""
     lineage = path / "growmoe.json"
-    if said is not None:
-        return Spent(said, 3 * said * config.flops_per_token())
-    if not lineage.is_file():
-        return Spent()
-    record = read_json(lineage)
+    record = read_json(lineage) if lineage.is_file() else {}
     tokens, flops = record.get("tokens_total", 0), record.get("flops_total", 0)
     operations = [step.get("operation") for step in record.get("history", [])]
     if "upcycle" not in operations:
-        return Spent(tokens or None, flops or None)
-    at = record.get("dense_spent") or {}
-    dense_tokens, dense_flops = at.get("tokens"), at.get("flops")
-    return Spent(
-        dense_tokens, dense_flops, tokens - (dense_tokens or 0), flops - (dense_flops or 0)
-    )
+        found = Spent(tokens or None, flops or None)
+    else:
+        at = record.get("dense_spent") or {}
+        found = Spent(
+            at.get("tokens"), at.get("flops"), tokens - at.get("tokens_before", 0),
+            flops - at.get("flops_before", 0),
+        )  # fmt: skip
+    return found if said is None else found.with_dense(said, config)
 
 
 def scratch_warning(before: Spent, planned: Spent, name: str) -> list[str]:
