@@ -80,6 +80,7 @@ def publish_derived(
         "tokens_total": parent.get("tokens_total", 0),
         "flops_total": parent.get("flops_total", 0),
         "history": history(parent, operation, source_path, exact=not lossy),
+        **({"shared_tokens": vocab} if vocab is not None else {}),
     }
     if operation == "upcycle":
         dense = {key: parent.get(f"{key}_total", 0) for key in ("tokens", "flops")}
