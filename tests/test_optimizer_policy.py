@@ -475,6 +475,10 @@ def test_errors_say_what_to_do(trained: Path, corpus: Path, tmp_path: Path) -> N
     with pytest.raises(UsageError, match="no element of .*same is new since"):
         start_for(same, corpus, new_warmup=2)
     bare.rename(tmp_path / "gone")
+    other = write_tiny(bare, ffn_size=48)
+    with pytest.raises(UsageError, match=r"bare has changed"):
+        start_for(wide, corpus, new_warmup=2)
+    other.rename(tmp_path / "other")
     with pytest.raises(UsageError, match=r"made from .*bare, which is not there"):
         start_for(wide, corpus, new_warmup=2)
     with pytest.raises(ValueError, match="not a new one"):

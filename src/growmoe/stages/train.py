@@ -133,7 +133,12 @@ def start_of(spec: TrainStage, model: Transformer) -> Start:
             "keep_optimizer: true"
         )
     config = open_source(base).config
-    new = _zeros(model, carried(known(config), steps))
+    inherited = carried(known(config), steps)
+    if tensor_shapes(inherited.config) != tensor_shapes(model.config):
+        raise UsageError(
+            f"{base} has changed: {spec.model} was not grown from a model of its shape"
+        )
+    new = _zeros(model, inherited)
     if policy.new_warmup and not new:
         raise UsageError(f"optimizer.new_warmup: no element of {spec.model} is new since {base}")
     if policy.state == "reset":
