@@ -86,6 +86,7 @@ def publish_derived(
         "tokens_total": parent.get("tokens_total", 0),
         "flops_total": parent.get("flops_total", 0),
         "history": history(parent, operation, source_path, exact=not lossy),
+        **({"shared_tokens": vocab} if vocab is not None else {}),
     }
     if operation == "upcycle":
         dense = spent_on(source_path, source.config, spec.pretrained_tokens)

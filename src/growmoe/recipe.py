@@ -129,6 +129,13 @@ class OptimizerModel(Strict):
     beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
     beta2: Annotated[float, Field(ge=0, lt=1)] = 0.95
     clip: Positive = 1.0
+    state: Literal["reset", "keep_old_zero_new", "copy"] = "reset"
+    """AdamW's moments at the start: zeros, or those of the model that this one was grown from (it
+    was trained with keep_optimizer), on inherited elements only or on their copies too."""
+    new_warmup: NonNegative = 0.0
+    """Steps (below 1: share of the steps) in which the rate of elements that growth made rises from
+    0 to `new_lr_ratio` times the others'; over as many steps more it returns to theirs. 0: off."""
+    new_lr_ratio: Positive = 1.3
 
 
 class LossModel(Strict):
@@ -158,6 +165,8 @@ class TrainStage(Strict):
     """Sequences per micro batch."""
     accumulation: Count = 1
     optimizer: OptimizerModel = OptimizerModel()
+    keep_optimizer: bool = False
+    """Leave AdamW's moments with the model, for `optimizer.state` of what is grown from it."""
     losses: LossModel = LossModel()
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Arithmetic of the forward pass; weights and optimizer are float32. auto: bfloat16 where the
@@ -173,6 +182,10 @@ class TrainStage(Strict):
         given = [key for key in ("model", "init", "preset") if getattr(self, key) is not None]
         if len(given) != 1:
             raise ValueError(f"give exactly one of model, init and preset, not {given or 'none'}")
+        if self.model is None and (self.optimizer.state != "reset" or self.optimizer.new_warmup):
+            raise ValueError(
+                "optimizer.state and optimizer.new_warmup are for a model, not a new one"
+            )
         return self
 
     @property

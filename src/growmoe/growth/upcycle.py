@@ -61,11 +61,30 @@ class Upcycled:
         copy, piece = divmod(int(expert), G)
         tensor = self.source.load(origin)
         tensor = self._varied(tensor, f"layers.{layer}.copy.{copy}", part, leaf)
-        hidden_dim = {"weight": 1 if part == "down" else 0}.get(leaf, 0)
-        if G > 1 and not (part == "down" and leaf == "bias"):
-            tensor = tensor.chunk(G, dim=hidden_dim)[piece]
         scale = self._scale(int(layer), part, leaf)
-        return _scaled(tensor, scale, DTYPES[self.dtype])
+        return _scaled(_slice(tensor, part, leaf, G, piece), scale, DTYPES[self.dtype])
+
+    def kept(self, name: str, tensor: Tensor) -> Tensor:
+        """Of the dense `tensor` what the expert tensor `name` holds, unscaled and without noise:
+        permuted and sliced as it is, 0 for what was drawn anew or adds nothing yet."""
+        _, layer, _, _, expert, part, leaf = name.split(".")
+        copy, piece = divmod(int(expert), self.up.granularity)
+        if part == "down" and self.up.routed_share == 0.0:
+            tensor = torch.zeros_like(tensor)
+        elif part != "down" or leaf != "bias":
+            order_F = self._order(f"layers.{layer}.copy.{copy}", tensor, part)
+            if self.up.expert_init == "permute":
+                tensor = tensor.index_select(_width_dim(part), order_F)
+            elif self.up.expert_init == "drop" and leaf != "bias":
+                drawn = order_F[: round(self.up.drop * len(order_F))]
+                tensor = tensor.index_fill(_width_dim(part), drawn, 0.0)
+        return _slice(tensor, part, leaf, self.up.granularity, piece)
+
+    def _order(self, copy: str, tensor: Tensor, part: str) -> Tensor:
+        """Random order of the hidden units; gate, up and down of one copy share it, and with it
+        the choice of units to draw anew."""
+        width = tensor.shape[_width_dim(part)]
+        return torch.randperm(width, generator=generator(self.up.seed, f"{copy}.units"))
 
     def _scale(self, layer: int, part: str, leaf: str) -> float:
         """With weights that add up to w and slices that each see a G-th of them, the experts'
@@ -92,16 +111,24 @@ class Upcycled:
             if leaf == "bias":
                 return tensor
             return add_noise(tensor, up.noise, generator(up.seed, f"{copy}.{part}"))
-        width_dim = 1 if part == "down" else 0
-        width = tensor.shape[width_dim]
-        # gate, up and down of one copy share the order and the choice of units
-        order_F = torch.randperm(width, generator=generator(up.seed, f"{copy}.units"))
+        width_dim, order_F = _width_dim(part), self._order(copy, tensor, part)
         if up.expert_init == "permute":
             return tensor.index_select(width_dim, order_F)
         if leaf == "bias":
             return tensor
-        chosen = order_F[: round(up.drop * width)].sort().values
+        chosen = order_F[: round(up.drop * len(order_F))].sort().values
         return _redrawn(tensor, width_dim, chosen, generator(up.seed, f"{copy}.{part}"))
+
+
+def _width_dim(part: str) -> int:
+    return 1 if part == "down" else 0
+
+
+def _slice(tensor: Tensor, part: str, leaf: str, G: int, piece: int) -> Tensor:
+    """The hidden units of one of G fine-grained experts; they all hold the bias of down."""
+    if G == 1 or (part == "down" and leaf == "bias"):
+        return tensor
+    return tensor.chunk(G, dim=_width_dim(part))[piece]
 
 
 def _redrawn(tensor: Tensor, dim: int, chosen: Tensor, rng: torch.Generator) -> Tensor:

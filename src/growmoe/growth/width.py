@@ -82,10 +82,15 @@ class Widened:
         return widen_matrix(tensor, rows, columns, name, dtype)
 
     def roles(self, name: str) -> tuple[Axis, Axis]:
-        """(axis of the rows, axis of the columns) of a matrix, and of its bias."""
+        """(axis of the rows, axis of the columns) of a matrix, and of its bias; a norm has rows
+        only."""
         axes = self.axes
-        if name == "head.weight":
+        if name in ("embed.weight", "head.weight"):
             return identity_axis(self.config.vocab_size), axes["residual"]
+        if name == "positions.weight":
+            return identity_axis(self.config.max_positions), axes["residual"]
+        if name.split(".")[-2] in ("norm", "attn_norm", "mlp_norm"):
+            return axes["residual"], identity_axis(1)
         block, part = name.split(".")[2], name.split(".")[-2]
         if block == "attn":
             return {
@@ -99,6 +104,23 @@ class Widened:
             return identity_axis(count or self._mix_rows()), axes["residual"]
         ffn = axes["ffn"] if not self.config.moe else identity_axis(self._width_of(name))
         return (axes["residual"], ffn) if part == "down" else (ffn, axes["residual"])
+
+    def gradient_N(self, name: str) -> Tensor:
+        """What the widening multiplies the gradient of each row of `name` by (a norm's elements;
+        the columns of an embedding), where every old position is written with s and its c copies
+        share its reads evenly: 1 / (c s).
+
+        Reading columns keep their gradient: what they read and what comes back are as before.
+        """
+        rows, columns = self.roles(name)
+        if name in ("embed.weight", "positions.weight"):
+            rows = columns
+        written, even = rows.write_N, 1.0 / rows.counts_N
+        if name == "norm.weight" and self.config.tied_head:
+            return written**2  # the head that reads it carries s and no share
+        if name == "norm.bias" and self.config.tied_head:
+            return written
+        return even * (written if name.endswith("norm.weight") else 1.0 / written)
 
     def _mix_rows(self) -> int:
         assert self.config.moe is not None

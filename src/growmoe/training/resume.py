@@ -17,7 +17,12 @@ from torch import nn
 
 from growmoe.errors import GrowmoeError
 from growmoe.files import publish, write_json
+from growmoe.models.checkpoint import named_views
+from growmoe.models.config import ModelConfig
+from growmoe.models.safetensors_io import write_shard
 
+MOMENTS = "optimizer/adamw.safetensors"
+"""Below a model directory, not in it: engines take every safetensors file there for weights."""
 _NAME = "step-{:08d}"
 
 
@@ -89,3 +94,23 @@ def load_checkpoint(
             f"{path} is damaged or of another model ({error}); remove it to start over"
         ) from None
     return position
+
+
+def save_moments(
+    out: Path, model: nn.Module, optimizer: torch.optim.Optimizer, config: ModelConfig
+) -> None:
+    """Write AdamW's state beside the weights in `out`, tensor by tensor, as `NAME/exp_avg`,
+    `NAME/exp_avg_sq` and `NAME/step` with the names of the weights (experts one by one)."""
+    views: dict[str, torch.Tensor] = {}
+    for name, parameter in model.named_parameters():
+        state = optimizer.state[parameter]
+        if not state:  # no gradient ever reached it
+            continue
+        for key in ("exp_avg", "exp_avg_sq"):
+            for canonical, view in named_views([(name, state[key])], config):
+                views[f"{canonical}/{key}"] = view
+                views[f"{canonical}/step"] = state["step"].reshape(1)
+    path = out / MOMENTS
+    path.parent.mkdir(exist_ok=True)
+    shapes = {name: tuple(view.shape) for name, view in views.items()}
+    write_shard(path, shapes, "float32", views.__getitem__, lambda done: None)

@@ -27,6 +27,7 @@ from growmoe.recipe import TrainStage
 from growmoe.training.losses import Losses, LossWeights, language_model_loss
 from growmoe.training.optimizer import learning_rate, make_optimizer
 from growmoe.training.resume import Position, load_checkpoint, save_checkpoint
+from growmoe.training.start import Newcomers, Start
 from growmoe.training.validation import domain_losses, expert_loads, mean_loss
 
 
@@ -54,18 +55,27 @@ def native_bfloat16() -> bool:
 
 
 class Trainer:
-    """Trains `model` on `corpus` as `spec` says, leaving metrics and checkpoints in `run`."""
+    """Trains `model` on `corpus` as `spec` says, leaving metrics and checkpoints in `run`; `start`
+    is what the optimizer begins with."""
 
-    def __init__(self, model: Transformer, corpus: Corpus, spec: TrainStage, run: Path) -> None:
+    def __init__(
+        self, model: Transformer, corpus: Corpus, spec: TrainStage, run: Path,
+        start: Start | None = None,
+    ) -> None:  # fmt: skip
         self.model, self.spec, self.run_dir = model.train(), spec, run
+        start = start or Start()
         self.loader = Loader(corpus, spec.sequence_length, spec.seed, spec.weights)
         self.windows = corpus.validation_windows()
         self.optimizer = make_optimizer(model, spec.optimizer)
+        parameters = dict(model.named_parameters())
+        for name, state in start.state.items():
+            self.optimizer.state[parameters[name]].update(state)
+        self.newcomers = Newcomers(model, start, spec.optimizer, spec.steps)
         self.weights = LossWeights(spec.losses.balance, spec.losses.z, spec.losses.z_kind)
         wants = spec.dtype == "bfloat16" or (spec.dtype == "auto" and native_bfloat16())
         self.autocast = torch.autocast("cpu", torch.bfloat16, enabled=wants)
         self.dtype = "bfloat16" if wants else "float32"
-        self.fingerprint = _fingerprint(spec, corpus, model, self.dtype)
+        self.fingerprint = _fingerprint(spec, corpus, model, self.dtype, start)
         self.metrics_path = run / "metrics.jsonl"
         self._stop = False
 
@@ -131,7 +141,8 @@ class Trainer:
                 f"the gradient is not finite at step {step + 1} (loss {sums['loss']}); lower "
                 "optimizer.lr; the last checkpoint is untouched"
             )
-        self.optimizer.step()
+        with self.newcomers.paced(step):
+            self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return {**sums, "lr": rate, "grad_norm": float(norm)}
 
@@ -212,14 +223,25 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in lines[:-1] if line]
 
 
-def _fingerprint(spec: TrainStage, corpus: Corpus, model: Transformer, dtype: str) -> str:
+def _fingerprint(
+    spec: TrainStage, corpus: Corpus, model: Transformer, dtype: str, start: Start
+) -> str:
     """Equal for runs whose steps are the same: start, all options, and the corpus's content."""
-    ignored = {"name", "data", "dtype", "checkpoint_every", "pretrained_tokens"}
+    ignored = {
+        "name", "data", "dtype", "checkpoint_every", "pretrained_tokens", "keep_optimizer",
+    }  # fmt: skip
     options = spec.model_dump(mode="json", exclude=ignored)
     text = json.dumps([options, dtype, corpus.manifest.get("hash")], sort_keys=True)
     digest = hashlib.sha256(text.encode())
-    for name, parameter in model.named_parameters():  # a sample of the weights it starts from
-        flat = parameter.detach().reshape(-1)
+    sampled: dict[str, torch.Tensor] = dict(
+        model.named_parameters()
+    )  # a sample of what it starts from
+    for kind in ("step", "exp_avg", "exp_avg_sq"):
+        sampled |= {f"{name}/{kind}": state[kind] for name, state in start.state.items()}
+    for kind, masks in (("new", start.new), ("blank", start.blank)):
+        sampled |= {f"{name}/{kind}": mask for name, mask in masks.items()}
+    for name, tensor in sampled.items():
+        flat = tensor.detach().reshape(-1)
         digest.update(name.encode() + flat[:: flat.numel() // 4096 + 1].numpy().tobytes())
     return digest.hexdigest()
 
