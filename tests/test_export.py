@@ -135,6 +135,11 @@ def test_a_converter_gets_a_biased_mixture_under_mixtrals_names() -> None:
             "vllm", False, "vLLM cannot run",
         ),
         (
+            {"moe": MoEConfig(experts=(4, 4, 4), top_k=2, ffn_size=20, scoring="sigmoid")},
+            "llama.cpp", False, "take a softmax",
+        ),
+        ({"qk_norm": True, "qk_norm_scope": "all"}, "llama.cpp", False, "over all heads"),
+        (
             {"moe": MoEConfig(experts=(4, 4, 4), top_k=2, ffn_size=20, renormalize=False),
              "qk_norm": True},
             "llama.cpp", False, "llama.cpp cannot run",
@@ -144,6 +149,13 @@ def test_a_converter_gets_a_biased_mixture_under_mixtrals_names() -> None:
 def test_what_an_engine_would_get_wrong_is_refused(changes, engine, portable, words) -> None:
     with pytest.raises(UsageError, match=words):
         export_target(tiny_config(**{"family": "", **changes}), engine, portable)
+
+
+def test_a_converter_that_knows_no_architecture_is_refused() -> None:
+    config = tiny_config(qkv_bias=True, o_bias=True, moe=MIXTURE, family="")
+    assert export_target(config, "llama.cpp").family == "growmoe"  # the GGUF file is written here
+    with pytest.raises(UsageError, match="use format gguf"):
+        export_target(config, "llama.cpp", gguf=False)
 
 
 # ---- the verb ----
@@ -202,7 +214,8 @@ def test_a_pyramid_reloads_through_the_public_class(tmp_path, capsys) -> None:
 
 def test_the_converters_form_keeps_the_biases(qwen2_moe: Path, tmp_path, capsys) -> None:
     out = tmp_path / "out"
-    assert run("export", qwen2_moe, out, "--for", "llama.cpp", "--format", "hf", "--no-verify") == 0
+    assert run("export", qwen2_moe, out, "--for", "llama.cpp", "--format", "hf", "--json") == 0
+    assert json.loads(capsys.readouterr().out)["exact"]
     raw = json.loads((out / "config.json").read_text())
     assert (raw["model_type"], raw["num_local_experts"]) == ("mixtral", 4)
     from safetensors import safe_open
@@ -211,7 +224,6 @@ def test_the_converters_form_keeps_the_biases(qwen2_moe: Path, tmp_path, capsys)
         names = set(file.keys())
     assert "model.layers.0.self_attn.q_proj.bias" in names
     assert "model.layers.0.block_sparse_moe.experts.3.w2.weight" in names
-    assert "unverified" in capsys.readouterr().err
 
 
 def test_llama_cpp_itself_gives_our_log_probabilities(qwen2_moe: Path, tmp_path, capsys) -> None:

@@ -68,7 +68,7 @@ class Directory:
         if not config_path.exists():
             raise UsageError(f"{path} holds no config.json, so it is not a model directory")
         self.config = config_from_hf(read_json(config_path), config_path)
-        self.family = pick_family(self.config)
+        self.family = self.config.family  # as written, also in the form for a converter
         self._names = hf_names(self.config, self.family)
         self._files = tensor_files(path)
         self._open: dict[str, TensorFile] = {}

@@ -193,6 +193,8 @@ def _from_llama_line(kind: str, raw: Mapping[str, Any], where: Path) -> ModelCon
     theta, scaling = _rope(raw, where)
     default_dim = 128 if kind == "qwen3" else D // H
     bias = bool(raw.get("attention_bias", False)) and kind in _BIASED
+    # no key of transformers: the form for llama.cpp's converter, see targets._converter_family
+    mixed = kind == "mixtral" and bool(raw.get("attention_bias"))
     return ModelConfig(
         vocab_size=int(raw["vocab_size"]),
         hidden_size=D,
@@ -206,7 +208,7 @@ def _from_llama_line(kind: str, raw: Mapping[str, Any], where: Path) -> ModelCon
         rope_theta=theta,
         rope_scaling=scaling,
         sliding_window=_sliding_window(kind, raw, where),
-        qkv_bias=bool(raw["qkv_bias"]) if kind == "qwen2_moe" else bias or kind == "qwen2",
+        qkv_bias=bool(raw["qkv_bias"]) if kind == "qwen2_moe" else bias or kind == "qwen2" or mixed,
         o_bias=bias,
         mlp_bias=bool(raw.get("mlp_bias", False)) and kind == "llama",
         qk_norm=kind in ("qwen3", "qwen3_moe", "olmoe"),
@@ -337,6 +339,8 @@ def _family_fields(name: str, config: ModelConfig) -> dict[str, Any]:
         fields["attention_bias"] = config.qkv_bias
     if name == "llama":
         fields["mlp_bias"] = config.mlp_bias
+    if name == "mixtral" and config.qkv_bias:
+        fields["attention_bias"] = True
     if name in ("mistral", "mixtral"):
         fields["sliding_window"] = config.sliding_window
     if name in ("qwen2", "qwen3"):

@@ -48,6 +48,8 @@ def _arch(c: ModelConfig) -> str:
         return f"the sliding window of {c.sliding_window} tokens would be ignored"
     if scaling not in ("none", "linear", "llama3"):
         return f"rotary scaling '{scaling}' is not known there"
+    if c.qk_norm and c.qk_norm_scope != "head":
+        return "queries and keys normalised over all heads together are not written"
     if c.num_layers > MOST_LAYERS:
         return f"it has room for {MOST_LAYERS} layers, not {c.num_layers}"
     arch = _dense(c, scaling) if c.moe is None else _routed(c, c.moe)
@@ -78,6 +80,8 @@ def _routed(c: ModelConfig, moe: MoEConfig) -> str:
         return f"it has room for {MOST_EXPERTS} experts, not {experts}"
     if c.mlp_bias:
         return "experts have no biases there"
+    if moe.scoring != "softmax":
+        return f"its routers take a softmax there, not a {moe.scoring}"
     sums_to_one = moe.top_k == experts  # renormalising all of a softmax changes nothing
     if moe.mix == "none":
         if not moe.renormalize and not sums_to_one:

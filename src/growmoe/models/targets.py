@@ -49,6 +49,10 @@ def export_target(
         family = pick_family(shaped)
         if not gguf:
             family = _converter_family(shaped)
+            if family == "growmoe":
+                raise UsageError(
+                    "llama.cpp's converter knows no architecture for this model; use format gguf"
+                )
         return Target(family, tuple(steps))
     family = pick_family(shaped)
     if engine == "transformers":
@@ -150,6 +154,7 @@ def _converter_family(config: ModelConfig) -> str:
     mixture without QK-norm goes as Mixtral, biases and all (it drops norm_topk_prob of Qwen2-MoE
     silently)."""
     moe = config.moe
-    if moe is not None and moe.renormalize and moe.mix == "none" and not config.qk_norm:
+    plain = not (config.qk_norm or config.o_bias or config.mlp_bias)
+    if moe is not None and moe.renormalize and moe.mix == "none" and plain:
         return "mixtral"
     return pick_family(config)
