@@ -80,17 +80,24 @@ def draw(results: dict[str, list[list[tuple[int, float]]]], source: float, file:
     matplotlib.use("svg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(figsize=(9, 5.2), layout="constrained")
+    figure, (whole, near) = plt.subplots(
+        1, 2, figsize=(11, 5), width_ratios=(1, 2), layout="constrained"
+    )  # fmt: skip
     for number, (name, runs) in enumerate(results.items()):
         for seed, points in enumerate(runs):
-            axes.plot(
-                [tokens / 1000 for tokens, _ in points], [loss for _, loss in points],
-                color=f"C{number}", lw=1.6, alpha=0.9, label=name if seed == 0 else None,
-            )  # fmt: skip
-    axes.axhline(source, color="grey", lw=1, ls=":", label="the small model")
-    axes.set(xlabel="training tokens after growth (thousands)", ylabel="validation loss (nats)")
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, fontsize=8)
+            style = {"color": f"C{number}", "lw": 1.5, "ls": ("-", "--", ":", "-.")[seed % 4]}
+            xs, ys = [tokens / 1000 for tokens, _ in points], [loss for _, loss in points]
+            whole.plot(xs, ys, **style)
+            if name != "scratch":
+                near.plot(xs, ys, **style, label=name if seed == 0 else None)
+    for axes in (whole, near):
+        axes.axhline(source, color="grey", lw=1, ls=":")
+        axes.set_xlabel("training tokens after growth (thousands)")
+        axes.spines[["top", "right"]].set_visible(False)
+    near.plot([], [], color="grey", lw=1, ls=":", label="the small model")
+    whole.set(ylabel="validation loss (nats)", title="all (the high pair: from scratch)")
+    near.set(title="grown models; a line style per seed")
+    near.legend(frameon=False, fontsize=8)
     figure.savefig(file, metadata={"Date": None})
 
 

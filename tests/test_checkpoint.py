@@ -11,9 +11,15 @@ from safetensors.torch import load_file, save_file
 
 from conftest import fresh_growmoe, growmoe, tiny_model, write_tiny
 from growmoe.errors import GrowmoeError, UsageError
-from growmoe.models.checkpoint import Directory, load_model, save_model, write_model
+from growmoe.models.checkpoint import (
+    Directory,
+    load_model,
+    parameter_views,
+    save_model,
+    write_model,
+)
 from growmoe.models.config import MoEConfig
-from growmoe.models.families import config_from_hf
+from growmoe.models.families import config_from_hf, config_to_hf
 
 COMMON = {
     "vocab_size": 96, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3,
@@ -332,3 +338,32 @@ def test_token_ids_are_not_invented(tmp_path: Path) -> None:
 def test_a_config_that_is_no_object(model_dir: Path) -> None:
     (model_dir / "config.json").write_text("[]")
     refused(model_dir, "config.json is not a JSON object")
+
+
+def test_float16_does_not_take_what_it_cannot_hold(tmp_path: Path) -> None:
+
+    model = tiny_model()
+    views = dict(parameter_views(model))
+    views["layers.1.mlp.up.weight"][3, 4] = 1e5
+    with pytest.raises(GrowmoeError, match="up_proj.weight holds values that float16 cannot"):
+        write_model(tmp_path, model.config, views.__getitem__, "float16")
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        (
+            {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
+             "rope_scaling": {"type": "linear", "factor": 2.0}},
+            "contradict",
+        ),
+        (
+            {"rope_parameters": {"rope_type": "llama3", "factor": 8.0, "rope_theta": 1e4}},
+            "needs a low_freq_factor",
+        ),
+    ],
+)  # fmt: skip
+def test_rotary_settings_that_cannot_be_right(changes, words: str) -> None:
+    raw = {**config_to_hf(tiny_model().config, "float32"), **changes}
+    with pytest.raises(GrowmoeError, match=words):
+        config_from_hf(raw, Path("config.json"))

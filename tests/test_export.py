@@ -88,6 +88,7 @@ PYRAMID = MoEConfig(experts=(2, 4, 4), top_k=2, ffn_size=20)
         ({}, "transformers", False, "llama", ()),
         ({"moe": MIXTURE}, "vllm", False, "mixtral", ()),
         ({"moe": MIXTURE}, "sglang", False, "mixtral", ()),
+        ({"moe": MIXTURE, "tied_head": True}, "sglang", False, "mixtral", ("untie",)),
         ({"moe": MIXTURE, **QWEN2}, "transformers", False, "qwen2_moe", ()),
         ({"moe": MIXTURE, **QWEN2}, "vllm", False, "qwen2_moe", ("null_shared",)),
         (
@@ -122,6 +123,17 @@ def test_a_converter_gets_a_biased_mixture_under_mixtrals_names() -> None:
     [
         ({"moe": PYRAMID}, "vllm", False, "vLLM cannot run"),
         ({"moe": PYRAMID}, "vllm", True, "top-k 1 only"),
+        ({"sliding_window": 80, "family": "mistral"}, "sglang", False, "sliding window"),
+        ({"mlp_bias": True}, "sglang", False, "biases of the feed-forward"),
+        (
+            {"moe": MIXTURE, "qk_norm": True, "qkv_bias": True, "o_bias": True}, "vllm", False,
+            "output projection",
+        ),
+        (
+            {"moe": MIXTURE, "rope_scaling": {"rope_type": "linear", "factor": 2.0}}, "vllm",
+            False, "rotary",
+        ),
+        ({"moe": MIXTURE, "head_dim": 8}, "sglang", False, "head dim"),
         ({"moe": MoEConfig(experts=(2, 4, 4), **TOP1)}, "sglang", False, "--portable may help"),
         ({"moe": MoEConfig(experts=(0, 4, 4), top_k=2, ffn_size=20)}, "sglang", False, "sparse"),
         ({"moe": MoEConfig(experts=(0, 4, 4), top_k=2, ffn_size=20)}, "llama.cpp", False, "llama"),
@@ -154,7 +166,7 @@ def test_what_an_engine_would_get_wrong_is_refused(changes, engine, portable, wo
 def test_a_converter_that_knows_no_architecture_is_refused() -> None:
     config = tiny_config(qkv_bias=True, o_bias=True, moe=MIXTURE, family="")
     assert export_target(config, "llama.cpp").family == "growmoe"  # the GGUF file is written here
-    with pytest.raises(UsageError, match="use format gguf"):
+    with pytest.raises(UsageError, match="export with format gguf"):
         export_target(config, "llama.cpp", gguf=False)
 
 

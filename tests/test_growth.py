@@ -434,3 +434,25 @@ def test_verification_is_not_fooled_by_short_text() -> None:
 
     assert not check(a, Shifted(a, Widening(head_dim=8, heads=9))).exact
     assert len(list(itertools.chain(*tokens()))) == 170
+
+
+def test_a_wrong_expert_in_16_bits_is_not_hidden_by_routing_flips(tmp_path) -> None:
+    """Rounding swaps an expert now and then, which makes the largest difference of a re-rounded
+    mixture large; the mean does not move, so it is judged too."""
+    from growmoe.models.checkpoint import Directory, write_model
+
+    moe = MoEConfig(experts=(8, 8, 8), top_k=2, ffn_size=20)
+    a = source(0, moe=moe)
+    (tmp_path / "a").mkdir()
+    write_model(tmp_path / "a", a.config, a.load, "bfloat16")
+    low = Directory(tmp_path / "a")
+
+    class Weaker:
+        config, dtype = low.config, "bfloat16"
+
+        def load(self, name: str) -> torch.Tensor:
+            tensor = low.load(name)
+            return tensor * 0.7 if name.startswith("layers.1.moe") and "down" in name else tensor
+
+    assert check(low, Widened(low, Widening(hidden=48))).exact
+    assert not check(low, Weaker()).exact

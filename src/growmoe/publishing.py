@@ -1,6 +1,7 @@
 """A model made from another one: written shard by shard, checked, and published whole."""
 
 import contextlib
+import hashlib
 import os
 import shutil
 import sys
@@ -10,6 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
+from growmoe import __version__
 from growmoe.artifacts import (
     check_sequences,
     corpus_loss,
@@ -34,7 +36,7 @@ from growmoe.models.checkpoint import (
     write_model,
 )
 from growmoe.models.config import ModelConfig
-from growmoe.models.families import pick_family
+from growmoe.models.families import config_to_hf, pick_family
 from growmoe.models.lineage import write_lineage
 from growmoe.planning.scratch import spent_on
 from growmoe.progress import Progress
@@ -63,17 +65,36 @@ def publish_derived(
     text = None
     if spec.verify:
         text = check_sequences(source_path, source.config, spec.text, spec.data, spec.seed)
-    with _resumable(work, operation, spec, open_source(source_path).identity()) as folder:
-        _write(folder, derived, dtype, operation, spec.shard_gb, family)
-        home = tokenizer or source_path
+    parent = lineage_of(source_path)
+    home = tokenizer or source_path
+    inputs = [open_source(source_path).identity(), _tokenizer_hash(home)]
+    with _resumable(work, operation, spec, inputs) as folder:
+        # the tokenizer first, beside the config that decides how transformers reads it
+        write_json(folder / "config.json", config_to_hf(derived.config, dtype, family))
         tokens = check_tokenizer(home, _copy_tokenizer(home, folder), derived.config)
+        _write(folder, derived, dtype, operation, spec.shard_gb, family)
         engines = {}
         if text is not None and public_check is not None:
             engines = public_check(folder, text[0])
         checks, losses = _check(folder, source_path, source, text, spec, lossy, vocab)
-        for file in sorted(folder.iterdir()):
-            os.rename(file, staged / file.name)
-    parent = lineage_of(source_path)
+        lineage = _lineage(source_path, source, spec, operation, lossy, vocab, parent)
+        lineage |= {"checks": {**checks, **tokens}, "engines": engines}
+        write_lineage(folder, lineage)
+        _move_all(folder, staged)
+    return {
+        **sizes(derived.config), "tokens": 0, "flops": 0,
+        "loss_before": checks.get("ce_a"), "loss_after": checks.get("ce_b"),
+        "exact": checks.get("exact"), "declared_exact": not lossy,
+        **({"lossy_because": list(lossy)} if lossy else {}),
+        **losses, "check": checks, **({"engines": engines} if engines else {}),
+    }  # fmt: skip
+
+
+def _lineage(
+    source_path: Path, source: Source, spec: Any, operation: str, lossy: tuple[str, ...],
+    vocab: int | None, parent: dict[str, Any],
+) -> dict[str, Any]:  # fmt: skip
+    """What growmoe.json says of where the model comes from, without the checks."""
     lineage = {
         "name": spec.name,
         "operation": operation,
@@ -81,8 +102,6 @@ def publish_derived(
         "options": spec.model_dump(mode="json", exclude_none=True),
         "declared_exact": not lossy,
         "lossy_because": list(lossy),
-        "checks": {**checks, **tokens},
-        "engines": engines,
         "tokens_total": parent.get("tokens_total", 0),
         "flops_total": parent.get("flops_total", 0),
         "history": history(parent, operation, source_path, exact=not lossy),
@@ -96,14 +115,26 @@ def publish_derived(
         }  # fmt: skip
     elif "dense_spent" in parent:
         lineage["dense_spent"] = parent["dense_spent"]
-    write_lineage(staged, lineage)
-    return {
-        **sizes(derived.config), "tokens": 0, "flops": 0,
-        "loss_before": checks.get("ce_a"), "loss_after": checks.get("ce_b"),
-        "exact": checks.get("exact"), "declared_exact": not lossy,
-        **({"lossy_because": list(lossy)} if lossy else {}),
-        **losses, "check": checks, **({"engines": engines} if engines else {}),
-    }  # fmt: skip
+    return lineage
+
+
+def _move_all(folder: Path, staged: Path) -> None:
+    """Rename every file into `staged`; back again when that is interrupted."""
+    moved: list[str] = []
+    try:
+        for file in sorted(folder.iterdir()):
+            os.rename(file, staged / file.name)
+            moved.append(file.name)
+    except BaseException:
+        for name in moved:
+            os.rename(staged / name, folder / name)
+        raise
+
+
+def _tokenizer_hash(home: Path) -> str:
+    """Of the tokenizer that the output gets; empty where the source's identity covers it."""
+    file = home / "tokenizer.json"
+    return hashlib.sha256(file.read_bytes()).hexdigest() if file.is_file() else ""
 
 
 def _write(
@@ -143,6 +174,9 @@ def _check(
     found = {**check.as_dict(), "text": origin}
     if spec.data is not None:
         corpus = fitting_corpus(source_path, source.config, spec.data)
+        if written.config.bytes("float32") > 0.8 * free_memory():
+            print("check: losses by domain left out: a whole model does not fit", file=sys.stderr)
+            return found, {}
         before, after = corpus_loss(source, corpus), corpus_loss(written, corpus)
         losses = {"validation_before": before, "validation_after": after}
         losses |= {"loss_before": mean_loss(before), "loss_after": mean_loss(after)}
@@ -169,18 +203,19 @@ def _copy_tokenizer(home: Path, folder: Path) -> Path:
 
 
 @contextlib.contextmanager
-def _resumable(work: Path, operation: str, spec: Any, identity: str) -> Iterator[Path]:
+def _resumable(work: Path, operation: str, spec: Any, inputs: list[str]) -> Iterator[Path]:
     """The folder in `work` that finished shards wait in until all are there.
 
     It outlives an interruption (Ctrl-C, kill -9) and is emptied by a failure. Raises UsageError
     when another operation, other options or another source left one there.
     """
     folder, mark = work / "model", work / "unfinished.json"
-    ignored = {"name", "text", "data", "verify"}
+    ignored = {"name", "text", "data", "verify", "pretrained_tokens"}
     wanted = {
         "operation": operation,
         "options": spec.model_dump(mode="json", exclude=ignored),
-        "source": identity,
+        "inputs": inputs,
+        "growmoe": __version__,
     }
     if mark.exists() and read_json(mark) != wanted:
         raise UsageError(
@@ -207,7 +242,7 @@ def _resumable(work: Path, operation: str, spec: Any, identity: str) -> Iterator
 
 
 def _check_disk(folder: Path, config: ModelConfig, dtype: str) -> None:
-    there = sum(file.stat().st_size for file in folder.iterdir())
+    there = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
     wanted, free = config.bytes(dtype) - there, disk_free(folder)
     if wanted > free:
         raise GrowmoeError(

@@ -186,6 +186,13 @@ class TrainStage(Strict):
             raise ValueError(
                 "optimizer.state and optimizer.new_warmup are for a model, not a new one"
             )
+        warmup = self.optimizer.new_warmup
+        if "new_lr_ratio" in self.optimizer.model_fields_set and not warmup:
+            raise ValueError("optimizer.new_lr_ratio needs optimizer.new_warmup")
+        if 0 < warmup < 1 and round(warmup * self.steps) < 1:
+            raise ValueError(
+                f"optimizer.new_warmup: a share of {warmup} of {self.steps} steps is none"
+            )
         return self
 
     @property
@@ -410,6 +417,8 @@ class ExportStage(_Derived):
     def _formats(self) -> "ExportStage":
         if self.format is not None and self.engine != "llama.cpp":
             raise ValueError("format is for llama.cpp; the other engines read directories")
+        if self.as_gguf and "shard_gb" in self.model_fields_set:
+            raise ValueError("shard_gb is for directories; a GGUF file is one file")
         return self
 
     @property

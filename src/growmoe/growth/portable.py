@@ -62,8 +62,8 @@ class Portable:
         return tensor * copies if scaled and copies > 1 else tensor
 
 
-def reshaped(source: Source, steps: tuple[Step, ...]) -> Source:
+def reshaped(source: Source, steps: tuple[Step, ...], seed: int = 0) -> Source:
     """`source` after all steps."""
     for step in steps:
-        source = Portable(source, step)
+        source = Portable(source, step, seed)
     return source

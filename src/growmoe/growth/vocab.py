@@ -11,7 +11,8 @@ from growmoe.models.checkpoint import Source
 from growmoe.models.shapes import check_vocab
 
 Init = Literal["mean", "mean_cov", "zeros", "from_tokens"]
-_ROWS = 4096
+_ROWS = 1024
+_BLOCK = 256
 
 
 class GrownVocab:
@@ -39,27 +40,33 @@ class GrownVocab:
         tensor = self.source.load(name)
         if name not in ("embed.weight", "head.weight"):
             return tensor
-        extra = self.config.vocab_size - self.old
-        if not extra and not self.pieces:
+        if self.config.vocab_size == self.old and not self.pieces:
             return tensor
         result = torch.empty(self.config.vocab_size, tensor.shape[1], dtype=tensor.dtype)
         result[: self.old] = tensor
-        result[self.old :] = self._rows(name, tensor, extra).to(tensor.dtype)
+        self._fill(name, tensor, result[self.old :])
         for token, spelled in self.pieces.items():
             row_D = tensor[torch.tensor(spelled)].mean(0, dtype=torch.float32)
             result[token] = row_D.to(tensor.dtype)
         return result
 
-    def _rows(self, name: str, w_VD: Tensor, extra: int) -> Tensor:
-        V, D = w_VD.shape
+    def _fill(self, name: str, w_VD: Tensor, new_ND: Tensor) -> None:
+        """Set the new rows, a block at a time."""
+        V = w_VD.shape[0]
         if self.init == "zeros":
-            return torch.zeros(extra, D)
-        mean_D = sum(part.sum(0, dtype=torch.float64) for part in w_VD.split(_ROWS)) / V
-        rows_ND = torch.as_tensor(mean_D).expand(extra, D).clone()
-        if self.init == "mean_cov":
+            new_ND.zero_()
+            return
+        mean_D = torch.zeros(w_VD.shape[1], dtype=torch.float64)
+        for part in w_VD.split(_ROWS):
+            mean_D += part.sum(0, dtype=torch.float64) / V
+        for number, block_ND in enumerate(new_ND.split(_BLOCK)):
+            if self.init != "mean_cov":
+                block_ND.copy_(mean_D)
+                continue
             # a random combination of centred rows has exactly their covariance
-            rng = generator(self.seed ^ 4, name)
+            rng = generator(self.seed ^ 4, f"{name}/{number}")
+            rows_ND = mean_D.repeat(len(block_ND), 1)
             for part in w_VD.split(_ROWS):
-                z_NV = torch.randn(extra, len(part), generator=rng, dtype=torch.float64)
+                z_NV = torch.randn(len(block_ND), len(part), generator=rng, dtype=torch.float64)
                 rows_ND += z_NV @ (part.to(torch.float64) - mean_D) / V**0.5
-        return rows_ND
+            block_ND.copy_(rows_ND)

@@ -250,12 +250,21 @@ TOKEN_ID_KEYS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 def _rope(raw: Mapping[str, Any], where: Path) -> tuple[float, dict[str, Any] | None]:
     """(theta, scaling) from `rope_parameters`, or from the older `rope_theta`/`rope_scaling`."""
-    rope = dict(raw.get("rope_parameters") or raw.get("rope_scaling") or {})
+    new, older = raw.get("rope_parameters") or {}, raw.get("rope_scaling") or {}
+    kinds = [kept.get("rope_type") or kept.get("type") or "default" for kept in (new, older)]
+    factors = [kept.get("factor") for kept in (new, older)]
+    if new and older and (kinds[0] != kinds[1] or factors[0] != factors[1]):
+        raise GrowmoeError(f"{where}: rope_parameters and rope_scaling contradict each other")
+    rope = dict(new or older)
     kind = rope.pop("rope_type", None) or rope.pop("type", None) or "default"
     rope.pop("type", None)
     theta = float(rope.pop("rope_theta", None) or raw.get("rope_theta") or 10000.0)
-    if kind != "default" and "factor" not in rope:
-        raise GrowmoeError(f"{where}: rope_type '{kind}' needs a factor")
+    needed = {"default": (), "llama3": (
+        "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"
+    )}  # fmt: skip
+    for key in needed.get(kind, ("factor",)):
+        if key not in rope:
+            raise GrowmoeError(f"{where}: rope_type '{kind}' needs a {key}")
     if kind not in ROPE_TYPES:
         known = ", ".join(ROPE_TYPES)
         raise GrowmoeError(f"{where}: rope_type '{kind}' is not supported; known are {known}")

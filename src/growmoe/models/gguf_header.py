@@ -33,10 +33,11 @@ class TensorInfo:
 
 @dataclass(frozen=True)
 class GGUFHeader:
-    """Scalar and string fields (arrays are left out), and the tensors."""
+    """Scalar and string fields, the lengths of arrays, and the tensors."""
 
     path: Path
     fields: dict[str, Any]
+    arrays: dict[str, int]
     tensors: dict[str, TensorInfo]
 
     def field(self, key: str, default: Any = None) -> Any:
@@ -69,23 +70,22 @@ def _parse(path: Path, stream: BinaryIO) -> GGUFHeader:
     if max(tensor_count, field_count) > _MOST_ENTRIES:
         raise ValueError("impossible counts in the header")
     fields: dict[str, Any] = {}
+    arrays: dict[str, int] = {}
     for _ in range(field_count):
         key = _string(stream)
         kind = _number(stream, "I")
-        value = _value(stream, kind)
-        if kind != _ARRAY:
-            fields[key] = value
+        (arrays if kind == _ARRAY else fields)[key] = _value(stream, kind)
     found = []
     for _ in range(tensor_count):
         name = _string(stream)
         sides = [_number(stream, "Q") for _ in range(_number(stream, "I"))]
         found.append((name, tuple(reversed(sides)), _number(stream, "I"), _number(stream, "Q")))
-    alignment = int(fields.get("general.alignment", 32))
+    alignment = max(1, int(fields.get("general.alignment", 32)))
     start = -(-stream.tell() // alignment) * alignment
     tensors = {
         name: TensorInfo(name, shape, kind, start + offset) for name, shape, kind, offset in found
     }
-    return GGUFHeader(path, fields, tensors)
+    return GGUFHeader(path, fields, arrays, tensors)
 
 
 def _number(stream: BinaryIO, code: str) -> Any:
@@ -102,7 +102,7 @@ def _string(stream: BinaryIO) -> str:
 
 
 def _value(stream: BinaryIO, kind: int) -> Any:
-    """A scalar or a string; arrays are skipped."""
+    """A scalar, a string, or the length of an array (whose members are skipped)."""
     if kind == _STRING:
         return _string(stream)
     if kind != _ARRAY:
@@ -112,13 +112,13 @@ def _value(stream: BinaryIO, kind: int) -> Any:
         raise ValueError("an impossible array")
     if inner in _SCALARS:
         stream.seek(count * struct.calcsize("<" + _SCALARS[inner]), 1)
-        return None
+        return count
     for _ in range(count):
         if inner == _STRING:
             stream.seek(_number(stream, "Q"), 1)
         else:
             _value(stream, inner)
-    return None
+    return count
 
 
 def gguf_config(header: GGUFHeader) -> ModelConfig:
@@ -132,6 +132,8 @@ def gguf_config(header: GGUFHeader) -> ModelConfig:
     if "token_embd.weight" not in header.tensors:
         raise GrowmoeError(f"{path}: tensor token_embd.weight is missing")
     heads = int(field(f"{kind}.attention.head_count"))
+    if heads < 1:
+        raise GrowmoeError(f"{path}: {kind}.attention.head_count is {heads}")
     hidden = int(field(f"{kind}.embedding_length"))
     scaling = field(f"{kind}.rope.scaling.type", "none")
     if "rope_freqs.weight" in header.tensors or scaling not in ("none", "linear"):

@@ -15,12 +15,10 @@ from growmoe.models.gguf_arch import (
     ROPE_FREQS,
     gguf_architecture,
     gguf_fields,
-    gguf_obstacle,
     gguf_tensors,
 )
 from growmoe.models.gguf_tokenizer import copied_tokenizer, tokenizer_fields
-
-__all__ = ["gguf_obstacle", "write_gguf"]
+from growmoe.models.safetensors_io import is_finite
 
 _FILE_TYPES = {"float32": 0, "float16": 1, "bfloat16": 32}
 # What stands for a gate of zeros: llama.cpp computes sigmoid(z) as silu(z)/z, which is NaN at 0.
@@ -115,7 +113,7 @@ def _fill(out: Tensor, tensor: Tensor, name: str) -> None:
     if tuple(tensor.shape) != tuple(out.shape):
         raise GrowmoeError(f"tensor {name} came out as {list(tensor.shape)}, not {list(out.shape)}")
     out.copy_(tensor)
-    if not torch.isfinite(out).all():
+    if not is_finite(out):
         raise GrowmoeError(
             f"tensor {name} holds values beyond {str(out.dtype).removeprefix('torch.')}; "
             f"write the GGUF file in bfloat16 or float32"

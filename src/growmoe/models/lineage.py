@@ -33,17 +33,22 @@ def licence_of(parent: Path) -> dict[str, Any]:
     card = parent / "README.md"
     if not card.is_file():
         return {}
-    head, fence, rest = card.read_text(encoding="utf-8", errors="replace").partition("---\n")
+    try:
+        text = card.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return {}
+    head, fence, rest = text.partition("---\n")
     front, closed, _ = rest.partition("\n---")
     if head.strip() or not fence or not closed:
         return {}
     try:
         fields = yaml.safe_load(front)
-    except yaml.YAMLError:
+    except (yaml.YAMLError, ValueError):
         return {}
     if not isinstance(fields, dict):
         return {}
-    return {k: fields[k] for k in ("license", "license_name", "license_link") if k in fields}
+    kept = ("license", "license_name", "license_link")
+    return {key: str(fields[key]) for key in kept if key in fields}
 
 
 def _card(config: ModelConfig, lineage: dict[str, Any]) -> str:

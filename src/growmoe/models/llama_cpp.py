@@ -122,7 +122,7 @@ def next_token_log_probs(
 
 def _vocab_size(path: Path) -> int:
     header = read_gguf_header(path)
-    if "tokenizer.ggml.model" not in header.fields:  # its server would end the process
+    if "tokenizer.ggml.tokens" not in header.arrays:  # its server would end the process
         raise GrowmoeError(f"{path} holds no tokenizer, without which llama.cpp answers nothing")
     return header.tensors["token_embd.weight"].shape[0]
 

@@ -110,7 +110,7 @@ def write_shard(
                 raise GrowmoeError(
                     f"tensor {name} came out as {list(tensor.shape)}, not {list(shape)}"
                 )
-            _write_tensor(stream, tensor, DTYPES[dtype])
+            _write_tensor(stream, name, tensor, DTYPES[dtype])
             on_bytes(tensor.numel() * DTYPES[dtype].itemsize)
         stream.flush()
         os.fsync(stream.fileno())
@@ -140,9 +140,14 @@ def _write_header(stream: BinaryIO, shapes: dict[str, tuple[int, ...]], dtype: s
     stream.write(_header(shapes, dtype))
 
 
-def _write_tensor(stream: BinaryIO, tensor: Tensor, dtype: torch.dtype) -> None:
+def _write_tensor(stream: BinaryIO, name: str, tensor: Tensor, dtype: torch.dtype) -> None:
     """Write row-major bytes, converting in pieces."""
     if not tensor.numel():
         return
     for part in tensor.detach().contiguous().view(-1).split(FINITE_CHUNK * 4):
-        stream.write(part.to(dtype).view(torch.uint8).numpy().data)
+        stored = part.to(dtype)
+        if dtype == torch.float16 and not torch.isfinite(stored).all():
+            raise GrowmoeError(
+                f"tensor {name} holds values that float16 cannot; write bfloat16 or float32"
+            )
+        stream.write(stored.view(torch.uint8).numpy().data)

@@ -11,7 +11,7 @@ from typing import Literal
 from growmoe.errors import UsageError
 from growmoe.models.config import ModelConfig
 from growmoe.models.families import pick_family
-from growmoe.models.gguf_arch import gguf_obstacle
+from growmoe.models.gguf_arch import gguf_architecture, gguf_obstacle
 
 Engine = Literal["transformers", "vllm", "sglang", "llama.cpp"]
 Step = Literal["sum_as_gate", "duplicate", "untie", "zero_biases", "null_shared"]
@@ -49,10 +49,6 @@ def export_target(
         family = pick_family(shaped)
         if not gguf:
             family = _converter_family(shaped)
-            if family == "growmoe":
-                raise UsageError(
-                    "llama.cpp's converter knows no architecture for this model; use format gguf"
-                )
         return Target(family, tuple(steps))
     family = pick_family(shaped)
     if engine == "transformers":
@@ -61,8 +57,9 @@ def export_target(
     name = _SERVERS[engine]
     if reason := _server_obstacle(shaped, family, engine):
         raise UsageError(_refusal(name, reason, config, portable))
-    if family == "qwen2_moe":
+    if shaped.moe is not None:  # their MoE classes build a head of their own, without a word
         steps += ["untie"] if shaped.tied_head else []
+    if family == "qwen2_moe":
         steps += [] if shaped.qkv_bias else ["zero_biases"]
         assert shaped.moe is not None
         steps += ["null_shared"] if shaped.moe.mix == "none" else []
@@ -131,30 +128,47 @@ def _changed(config: ModelConfig, step: Step) -> ModelConfig:
 
 
 def _server_obstacle(config: ModelConfig, family: str, engine: Engine) -> str | None:
-    """Why vLLM or SGLang would not run it, or compute something else."""
+    """Why vLLM or SGLang would not run it, or compute something else (their loaders skip unknown
+    biases without a word)."""
     moe = config.moe
+    square = config.num_heads * config.head_dim == config.hidden_size
     if family == "growmoe":
         return "no public architecture expresses it"
-    if (
-        family in ("qwen2", "qwen2_moe")
-        and config.num_heads * config.head_dim != config.hidden_size
-    ):
+    if family in ("qwen2", "qwen2_moe") and not square:
         return "it takes the head dim of Qwen2 models as hidden size / heads"
-    if moe is None:
-        return None
     if family == "olmoe":
         return "its OLMoE routing was not checked against ours"
-    if engine == "sglang" and 0 in moe.experts:
+    if config.o_bias and family in ("qwen3", "qwen3_moe"):
+        return "the bias of the attention's output projection would be dropped"
+    if family == "mixtral" and config.rope_scaling:
+        return "its Mixtral does not scale rotary positions"
+    if engine == "vllm":
+        return None
+    if config.sliding_window and config.sliding_window < config.max_positions:
+        return f"the sliding window of {config.sliding_window} tokens would be ignored"
+    if config.mlp_bias:
+        return "biases of the feed-forward would be dropped"
+    if family == "mixtral" and not square:
+        return "it takes the head dim of Mixtral as hidden size / heads"
+    if moe is not None and 0 in moe.experts:
         return "it takes every layer of a Qwen MoE as sparse (decoder_sparse_step is not read)"
     return None
 
 
+_CONVERTED = {"qwen2": ("qwen2",), "qwen3": ("qwen3",), "qwen3moe": ("qwen3_moe",),
+              "llama": ("llama", "mistral")}  # fmt: skip
+
+
 def _converter_family(config: ModelConfig) -> str:
     """The directory that llama.cpp's converter turns into the right GGUF file: a renormalised
-    mixture without QK-norm goes as Mixtral, biases and all (it drops norm_topk_prob of Qwen2-MoE
-    silently)."""
-    moe = config.moe
-    plain = not (config.qk_norm or config.o_bias or config.mlp_bias)
-    if moe is not None and moe.renormalize and moe.mix == "none" and plain:
+    mixture without QK-norm goes as Mixtral, Q, K and V biases and all (the converter drops
+    norm_topk_prob of Qwen2-MoE without a word). Raises UsageError where only the file that is
+    written here would be right."""
+    architecture, family = gguf_architecture(config), pick_family(config)
+    if config.moe is not None and architecture == "llama" and not config.o_bias:
         return "mixtral"
-    return pick_family(config)
+    if family in _CONVERTED.get(architecture, ()):
+        return family
+    raise UsageError(
+        "llama.cpp's converter would make another model of this one; export with format gguf"
+    )

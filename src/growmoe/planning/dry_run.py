@@ -9,6 +9,7 @@ from growmoe.errors import GrowmoeError, UsageError
 from growmoe.files import read_json
 from growmoe.models.config import DTYPE_BYTES, ModelConfig
 from growmoe.models.families import empty_tensors, pick_family
+from growmoe.models.gguf_tokenizer import tokenizer_fields
 from growmoe.models.safetensors_header import stored_dtype as dtype_of_weights
 from growmoe.models.targets import changed_config, export_target
 from growmoe.planning.derived import config_of, derivation, derived_config, describe
@@ -103,6 +104,8 @@ def _export(spec: ExportStage) -> dict[str, Any]:
     dtype = stored_dtype(path)
     after = _shape(changed_config(source, target.steps), spec.dtype or dtype)
     after["family"] = "gguf" if spec.as_gguf else target.family
+    if spec.as_gguf and (path / "tokenizer.json").exists():
+        tokenizer_fields(path, source)  # refuses one that llama.cpp would read otherwise
     return {
         "in": {"path": str(path), **_shape(source, dtype)}, "out": after,
         "declared_exact": True, "changes_of_form": list(target.steps),

@@ -67,6 +67,7 @@ def plan_recipe(recipe: Recipe) -> list[dict[str, Any]]:
             vocabs[stage.name] = _vocab_of(stage)
         if isinstance(stage, ModelStage):
             try:
+                _check_moments(stage, recipe)
                 config = _config_after(stage, configs, vocabs)
             except GrowmoeError as error:
                 problems.append(f"{recipe.where(index)}: {error}")
@@ -93,6 +94,21 @@ def plan_recipe(recipe: Recipe) -> list[dict[str, Any]]:
     if problems:
         raise UsageError("\n".join(problems))
     return plan
+
+
+def _check_moments(stage: ModelStage, recipe: Recipe) -> None:
+    """Raises UsageError when a train stage wants moments that no earlier stage will leave."""
+    if not isinstance(stage, TrainStage) or stage.optimizer.state == "reset":
+        return
+    stages: dict[str, Any] = {other.name: other for other in recipe.stages}
+    before = stages.get(stage.model or "")
+    while isinstance(before, GrowStage | UpcycleStage):
+        before = stages.get(before.model)
+    if isinstance(before, TrainStage) and not before.keep_optimizer:
+        raise UsageError(
+            f"optimizer.state {stage.optimizer.state} needs the moments of stage "
+            f"'{before.name}', which leaves none; give it keep_optimizer: true"
+        )
 
 
 def _spent_before(

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from growmoe.artifacts import check_sequences, free_memory, lineage_of, note, sizes
+from growmoe.artifacts import check_sequences, free_memory, history, lineage_of, note, sizes
 from growmoe.errors import GrowmoeError
 from growmoe.growth.portable import reshaped
 from growmoe.growth.verify import agreement
@@ -36,7 +36,7 @@ def run(spec: ExportStage, staged: Path, work: Path) -> dict[str, Any]:
         print(f"note: {text}", file=sys.stderr)
     if target.steps:
         print(f"changed form: {', '.join(target.steps)}", file=sys.stderr)
-    derived = reshaped(source, target.steps)
+    derived = reshaped(source, target.steps, spec.seed)
     if spec.as_gguf:
         return _gguf(spec, staged, path, source, derived)
 
@@ -102,11 +102,13 @@ def _gguf(
     if spec.verify:
         said, checks = _through_llama_cpp(spec, path, source, file, dtype)
     parent = lineage_of(path)
+    totals = ("tokens_total", "flops_total", "dense_spent")
     lineage = {
         "name": spec.name, "operation": "export", "parent": str(path),
         "options": spec.model_dump(mode="json", exclude_none=True), "declared_exact": True,
         "checks": checks, "engines": {"llama.cpp": said},
-        "history": parent.get("history", []),
+        "history": history(parent, "export", path, exact=True),
+        **{key: parent[key] for key in totals if key in parent},
     }  # fmt: skip
     write_lineage(staged, lineage, source.config)
     print(f"check: llama.cpp: {said}", file=sys.stderr)
