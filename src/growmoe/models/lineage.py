@@ -25,7 +25,8 @@ def write_lineage(
     licence = licence_of(Path(str(lineage.get("parent", ""))))
     lineage = {"growmoe": __version__, **licence, **lineage}
     write_json(out / "growmoe.json", lineage)
-    write_text(out / "README.md", _card(config, lineage))
+    library = "transformers" if (out / "config.json").exists() else "llama.cpp"
+    write_text(out / "README.md", _card(config, lineage, library))
 
 
 def licence_of(parent: Path) -> dict[str, Any]:
@@ -51,9 +52,9 @@ def licence_of(parent: Path) -> dict[str, Any]:
     return {key: str(fields[key]) for key in kept if key in fields}
 
 
-def _card(config: ModelConfig, lineage: dict[str, Any]) -> str:
+def _card(config: ModelConfig, lineage: dict[str, Any], library: str) -> str:
     front = {k: v for k, v in lineage.items() if k.startswith("license")}
-    front |= {"library_name": "transformers", "pipeline_tag": "text-generation"}
+    front |= {"library_name": library, "pipeline_tag": "text-generation"}
     front |= {"tags": ["growmoe"], "base_model": str(lineage.get("parent"))}
     total, active = config.params_total() / 1e6, config.params_active() / 1e6
     rows = [

@@ -91,7 +91,8 @@ def _width_obstacles(source: ModelConfig, sizes: dict[str, int], zero_pad: bool)
     found = []
     if sizes["num_heads"] % sizes["num_kv_heads"]:
         found.append(
-            f"{sizes['num_heads']} heads do not divide by {sizes['num_kv_heads']} kv heads"
+            f"{sizes['num_heads']} heads do not divide by {sizes['num_kv_heads']} kv heads "
+            f"(heads follow hidden unless they are named; the source has {source.num_heads})"
         )
     if sizes["head_dim"] % source.head_dim:
         found.append(f"head_dim {sizes['head_dim']} is not a multiple of {source.head_dim}")
