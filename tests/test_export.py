@@ -8,11 +8,12 @@ import torch
 
 from conftest import InMemory, tiny_config, tiny_model, write_tiny
 from growmoe.cli import main
-from growmoe.errors import UsageError
+from growmoe.errors import GrowmoeError, UsageError
 from growmoe.growth.portable import Portable, reshaped
-from growmoe.growth.verify import Comparison, compare
+from growmoe.growth.verify import Comparison, agreement, compare
 from growmoe.models.checkpoint import Directory, Source
 from growmoe.models.config import MoEConfig, tensor_shapes
+from growmoe.models.streamed import streamed_logits
 from growmoe.models.targets import changed_config, export_target
 
 MIXTURE = MoEConfig(experts=(4, 4, 4), top_k=2, ffn_size=20)
@@ -215,6 +216,18 @@ def test_an_export_that_transformers_reads_otherwise_is_not_published(
     assert run("export", qwen2_moe, tmp_path / "out", "--for", "transformers") == 1
     assert "transformers gives other logits" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("place", [0, 1])
+def test_logits_that_are_not_finite_do_not_agree(place: int) -> None:
+    """NaN is neither above a tolerance nor kept by max()."""
+    a = InMemory(tiny_model())
+    tokens = [torch.arange(20), torch.arange(30)]
+    other = streamed_logits(a, tokens, "float32")
+    assert agreement(a, other, tokens, 1 << 40)[0] == 0
+    other[place][3, 4] = float("nan")
+    with pytest.raises(GrowmoeError, match="not finite"):
+        agreement(a, other, tokens, 1 << 40)
 
 
 def test_a_pyramid_reloads_through_the_public_class(tmp_path, capsys) -> None:

@@ -76,7 +76,9 @@ def _public_ids(folder: Path) -> list[int] | None:
     logging.getLogger("transformers").setLevel(logging.ERROR)
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder)
-    except Exception:  # a growmoe model without registration, or files it does not know
+    except Exception as error:  # whatever its many classes raise for files they do not know
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        print(f"note: transformers cannot read this tokenizer: {reason}", file=sys.stderr)
         return None
     return tokenizer(PROBE, add_special_tokens=False)["input_ids"]
 

@@ -114,7 +114,10 @@ def agreement(
     source: Source, other: Logits, sequences: list[Tensor], memory_bytes: int
 ) -> tuple[float, float]:
     """(largest difference, tolerance) of another engine's float32 logits for the same weights; the
-    tolerance is ten times what float64 arithmetic changes (estimated where it does not fit)."""
+    tolerance is ten times what float64 arithmetic changes (estimated where it does not fit).
+    Raises GrowmoeError when a logit of either is not finite (NaN compares as no difference)."""
+    if not all(bool(torch.isfinite(logits).all()) for logits in other):
+        raise GrowmoeError("the other engine's logits are not finite; nothing was published")
     own = _logits(source, sequences, "float32")
     V = source.config.vocab_size
     floor = 16 * torch.finfo(torch.float32).eps * max(float(x.abs().max()) for x in own)

@@ -103,7 +103,7 @@ def write_shard(
     """
     aside = path.with_name(f"{path.name}.partial")
     with open(aside, "wb") as stream:
-        _write_header(stream, shapes, dtype)
+        stream.write(_header(shapes, dtype))
         for name, shape in shapes.items():
             tensor = load(name)
             if tuple(tensor.shape) != shape:
@@ -134,10 +134,6 @@ def _header(shapes: dict[str, tuple[int, ...]], dtype: str) -> bytes:
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     return len(text).to_bytes(8, "little") + text
-
-
-def _write_header(stream: BinaryIO, shapes: dict[str, tuple[int, ...]], dtype: str) -> None:
-    stream.write(_header(shapes, dtype))
 
 
 def _write_tensor(stream: BinaryIO, name: str, tensor: Tensor, dtype: torch.dtype) -> None:

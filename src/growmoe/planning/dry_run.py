@@ -102,7 +102,7 @@ def _export(spec: ExportStage) -> dict[str, Any]:
     source = config_of(path)
     target = export_target(source, spec.engine, spec.portable, spec.as_gguf)
     dtype = stored_dtype(path)
-    after = _shape(changed_config(source, target.steps), spec.dtype or dtype)
+    after = _shape(changed_config(source, target.steps), spec.dtype or dtype, target.family)
     after["family"] = "gguf" if spec.as_gguf else target.family
     if spec.as_gguf and (path / "tokenizer.json").exists():
         tokenizer_fields(path, source)  # refuses one that llama.cpp would read otherwise
@@ -114,10 +114,12 @@ def _export(spec: ExportStage) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _shape(config: ModelConfig, dtype: str) -> dict[str, Any]:
+def _shape(config: ModelConfig, dtype: str, family: str | None = None) -> dict[str, Any]:
     found = describe(config)
     del found["bytes"]
-    empty = sum(math.prod(shape) for _, shape in empty_tensors(config, pick_family(config)))
+    empty = sum(
+        math.prod(shape) for _, shape in empty_tensors(config, family or pick_family(config))
+    )
     size = config.bytes(dtype) + empty * DTYPE_BYTES[dtype]
     return {**found, "dtype": dtype, "bytes_on_disk": size}
 

@@ -146,6 +146,8 @@ def _through_llama_cpp(
 
         theirs = load_file(answer)["log_probs"]
     given = torch.isfinite(theirs)
+    if not given.any(dim=1).all():
+        raise GrowmoeError("llama.cpp's log-probabilities are not finite; nothing was published")
     largest = float((ours - theirs)[given].abs().max())
     found = {
         "text": origin, "tokens": len(ids), "max_abs_log_prob_diff": largest,
