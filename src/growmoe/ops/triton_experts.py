@@ -4,8 +4,8 @@ Three launches forward, six backward; no host sync, no float atomics, no [T,E,C]
 tiles find their expert on the device from counts_E, so grids have the worst-case size and spare
 programs leave at once. Letters: T tokens, K experts per token, S=T*K routed rows, N kept rows
 (N <= S, less under a capacity), D hidden, F expert width, R=2F gate and up rows, E experts.
-Importing this module imports triton, so callers import it late. Checked under the interpreter
-(and compiled for sm_90); not yet run on a GPU.
+Importing this module imports triton, so callers import it late. Checked under the interpreter;
+not yet run on a GPU.
 """
 # mypy: allow-untyped-defs
 
@@ -73,8 +73,8 @@ def _at_most(block: int, size: int) -> int:
 
 
 def supported(x_TD: Tensor, up_ERD: Tensor, down_EDF: Tensor) -> bool:
-    """Whether `moe_experts` takes these: one dtype (float32, or bfloat16 where the card
-    multiplies it), on one CUDA device (or interpreted), sizes that agree, E <= 4096."""
+    """Whether `moe_experts` takes these: all float32 or all bfloat16, on one CUDA device of
+    capability 8.0 or more (or interpreted), sizes that agree, E <= 4096."""
     E, R, D = up_ERD.shape
     if x_TD.dtype not in (torch.float32, torch.bfloat16) or E > MAX_EXPERTS:
         return False
@@ -465,7 +465,7 @@ def _sum_rows_kernel(
     tl.store(y_at, y_TD.to(y_ptr.dtype.element_ty), mask=in_T[:, None] & in_D[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["slots"])
 def _gated_backward_kernel(
     dy_ptr, down_ptr, pre_ptr, order_ptr, counts_ptr, weights_ptr, dpre_ptr, h_ptr, partial_ptr,
     D, F, E, slots, TOP_K: tl.constexpr, GROUP: tl.constexpr, UPCAST: tl.constexpr,

@@ -1,8 +1,8 @@
 """Routing in two launches: scores, top-k, weights and counts; then a stable sort by expert.
 
 Letters: T tokens, K experts per token, S=T*K routed rows, E experts, B blocks of tokens.
-Importing this module imports triton, so callers import it late. Checked under the interpreter
-(and compiled for sm_90); not yet run on a GPU.
+Importing this module imports triton, so callers import it late. Checked under the interpreter;
+not yet run on a GPU.
 """
 # mypy: allow-untyped-defs
 
@@ -122,7 +122,7 @@ def mapping_table_reference(experts_TK: Tensor) -> Tensor:
 
 
 class _Route(torch.autograd.Function):
-    """The two kernels as one differentiable function of the logits."""
+    """The routing kernel and its backward as one function of the logits."""
 
     @staticmethod
     def forward(
