@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from conftest import tiny_config, tiny_model
 from growmoe.models.config import MoEConfig
 from growmoe.models.moe import MLP, MoE
-from growmoe.ops import experts as ops
+from growmoe.ops.mapping import mapping_table, mapping_table_reference
 
 
 def layer(E: int, k: int, F_: int = 24, seed: int = 0, **changes) -> tuple[MoE, MLP | None]:
@@ -121,19 +121,11 @@ def test_all_tokens_to_one_expert() -> None:
 def test_mapping_table_is_a_stable_sort(choices: list[int], k: int) -> None:
     choices = choices[: len(choices) // k * k]
     experts = torch.tensor(choices, dtype=torch.long).view(-1, k)
-    order, counts = ops.mapping_table(experts, 6)
-    assert counts.tolist() == [choices.count(e) for e in range(6)]
-    assert order.tolist() == sorted(range(len(choices)), key=lambda i: choices[i])
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_grouped_kernel_equals_its_reference(dtype: torch.dtype) -> None:
-    x = torch.randn(20, 16).to(dtype)
-    w = torch.randn(5, 24, 16).to(dtype)
-    counts = torch.tensor([7, 0, 1, 12, 0])
-    assert ops._grouped_mm_fits(x, w)
-    fast = ops.grouped_linear(x, w, counts)
-    assert torch.allclose(fast, ops.grouped_linear_reference(x, w, counts), rtol=1e-2, atol=1e-5)
+    table = mapping_table(experts, 6)
+    assert table.counts_E.tolist() == [choices.count(e) for e in range(6)]
+    assert table.order_S.tolist() == sorted(range(len(choices)), key=lambda i: choices[i])
+    order, counts = mapping_table_reference(experts, 6)
+    assert (order.tolist(), counts.tolist()) == (table.order_S.tolist(), table.counts_E.tolist())
 
 
 def test_router_stays_in_float32_under_autocast() -> None:

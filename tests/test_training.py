@@ -19,7 +19,7 @@ from growmoe.errors import GrowmoeError
 from growmoe.files import write_json
 from growmoe.models.checkpoint import load_model, parameter_views
 from growmoe.models.config import MoEConfig
-from growmoe.models.moe import Routing
+from growmoe.models.router import Routing
 from growmoe.models.transformer import Output, Transformer
 from growmoe.recipe import OptimizerModel, TrainStage
 from growmoe.training.losses import LossWeights, balance_loss, language_model_loss, z_loss
@@ -101,14 +101,16 @@ def test_training_learns_the_rule(counting: Corpus, tmp_path: Path) -> None:
 
 
 def test_accumulation_equals_a_larger_batch(counting: Corpus, tmp_path: Path) -> None:
+    """Step by step; not weight by weight, because AdamW makes a step of the rounding of a gradient
+    that is nearly zero."""
     results = []
     for name, sizes in (("one", (4, 1)), ("two", (2, 2))):
-        model = fresh()
         changes = {"batch_size": sizes[0], "accumulation": sizes[1]}
-        Trainer(model, counting, spec(**changes), tmp_path / name).train()
-        results.append(dict(parameter_views(model)))
-    for name, tensor in results[0].items():
-        assert torch.allclose(tensor, results[1][name], atol=1e-5), name
+        Trainer(fresh(), counting, spec(**changes), tmp_path / name).train()
+        records = read_metrics(tmp_path / name / "metrics.jsonl")[1:]
+        results.append([(record["loss"], record["grad_norm"]) for record in records])
+    assert results[0] == [pytest.approx(pair, rel=0.02) for pair in results[1]]
+    assert results[0][0] == pytest.approx(results[1][0], rel=1e-4)
 
 
 def test_resume_restores_everything(counting: Corpus, tmp_path: Path) -> None:
@@ -293,7 +295,9 @@ def test_a_tokenizer_that_does_not_fit_the_model(corpus: Path, tmp_path: Path) -
 def routing(probs_TE: torch.Tensor, top_k: int = 1) -> Routing:
     weights, experts = probs_TE.topk(top_k)
     counts = torch.bincount(experts.flatten(), minlength=probs_TE.shape[1])
-    return Routing(probs_TE.log(), probs_TE, experts, weights, counts)
+    return Routing(
+        probs_TE.log(), probs_TE, experts, weights, counts, counts, "softmax", sequences=1
+    )  # fmt: skip
 
 
 def collapsed(expert: int, E: int = 4, T: int = 64) -> Routing:
@@ -326,10 +330,10 @@ def test_z_losses() -> None:
     assert float(z_loss(logits, "router_max")) == pytest.approx(4.5)
     ids = torch.zeros(1, 2, dtype=torch.long)
     output = Output(logits[None], [])
-    weights = LossWeights(balance=0.0, z=0.5, z_kind="output_max")
+    weights = LossWeights(balance=0.0, z={"output_max": 0.5})
     found = language_model_loss(output, ids, weights)
     assert float(found.total) == pytest.approx(float(found.cross_entropy) + 0.5 * 4.5)
-    assert float(language_model_loss(output, ids, LossWeights()).z) == 0.0
+    assert language_model_loss(output, ids, LossWeights()).z == {}  # a dense model has no router
 
 
 @pytest.mark.parametrize("schedule", ["cosine", "wsd", "constant"])

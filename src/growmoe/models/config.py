@@ -8,7 +8,7 @@ Tensors have one canonical name each, whatever the checkpoint on disk calls them
     layers.N.mlp_norm.weight
     layers.N.mlp.{gate,up,down}.{weight,bias}             a dense layer, or the fixed branch of a
                                                           residual MoE layer (a shared expert)
-    layers.N.moe.router.weight [E,D]
+    layers.N.moe.router.weight [E,D]                      .bias [E]: selection only
     layers.N.moe.experts.K.{gate,up,down}.{weight,bias}
     layers.N.moe.mix.{weight,bias}                        how fixed branch and experts are mixed
 
@@ -40,6 +40,12 @@ class MoEConfig:
     """Divide the top-k weights by their sum (Mixtral); False keeps raw scores."""
     scoring: Literal["softmax", "sigmoid"] = "softmax"
     """How router logits become scores (sigmoid: DeepSeek-V3)."""
+    selection_bias: bool = False
+    """Routers have a bias per expert that says who is chosen, never how much it counts (balancing
+    without a loss, arXiv 2408.15664; DeepSeek-V3)."""
+    groups: int = 1
+    """Experts stand in this many groups; a token visits experts of the best `top_groups` only."""
+    top_groups: int = 1
     mix: Mix = "none"
     """Fixed branch beside the experts: none, or added by `sum` (DeepSpeed-MoE paper), `softmax2`
     (DeepSpeed code: two softmax coefficients), `sigmoid_gate` (Qwen2-MoE shared expert)."""
@@ -115,6 +121,17 @@ class ModelConfig:
             yield f"experts ({fewest}) are fewer than top_k ({moe.top_k})"
         if moe.ffn_size < 1:
             yield f"expert ffn_size must be at least 1, not {moe.ffn_size}"
+        if moe.groups < 1 or not 1 <= moe.top_groups <= moe.groups:
+            yield f"top_groups {moe.top_groups} is not between 1 and groups {moe.groups}"
+        elif moe.groups > 1:
+            for count in sorted({count for count in moe.experts if count}):
+                if count % moe.groups:
+                    yield f"{count} experts are not a multiple of groups {moe.groups}"
+                elif count // moe.groups * moe.top_groups < moe.top_k:
+                    yield (
+                        f"{moe.top_groups} of {moe.groups} groups hold fewer than top_k "
+                        f"{moe.top_k} of {count} experts"
+                    )
         if (moe.mix == "none") != (moe.fixed_ffn_size == 0):
             yield f"mix '{moe.mix}' contradicts fixed_ffn_size {moe.fixed_ffn_size}"
 
@@ -167,6 +184,11 @@ class ModelConfig:
         return 2 * self.num_layers * self.num_kv_heads * self.head_dim * DTYPE_BYTES[dtype]
 
 
+def moe_layers(config: ModelConfig) -> list[int]:
+    """The layers with routed experts, in order."""
+    return [layer for layer in range(config.num_layers) if config.experts_in(layer)]
+
+
 def tensor_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Every canonical tensor of the model with its shape, in checkpoint order."""
     D = config.hidden_size
@@ -215,6 +237,8 @@ def _layer_shapes(config: ModelConfig, layer: int) -> Iterator[tuple[str, tuple[
     if moe.mix != "none":
         yield from _mlp_shapes(config, "mlp", moe.fixed_ffn_size)
     yield "moe.router.weight", (experts, D)
+    if moe.selection_bias:
+        yield "moe.router.bias", (experts,)
     for expert in range(experts):
         yield from _mlp_shapes(config, f"moe.experts.{expert}", moe.ffn_size)
     if moe.mix == "sigmoid_gate":

@@ -40,6 +40,8 @@ def _obstacle(
         return "it has experts in no layer" if not moe else "it needs experts"
     if config.moe is not None and config.moe.scoring != "softmax":
         return "its router takes a softmax"
+    if config.moe is not None and (config.moe.selection_bias or config.moe.groups > 1):
+        return "its router has no selection bias and no groups of experts"
     if (config.qk_norm_scope if config.qk_norm else "none") != qk_norm:
         return {
             "none": "it has no QK-norm",

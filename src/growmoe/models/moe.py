@@ -1,27 +1,16 @@
 """Feed-forward blocks: the dense MLP, and routed experts with an optional fixed branch.
 
-Letters: T tokens, D hidden, F width, E experts, K experts per token, S=T*K routed rows.
+Letters: T tokens, D hidden, F width, E experts, K experts per token.
 """
-
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from growmoe.models.config import ModelConfig
-from growmoe.ops import experts as ops
-
-
-@dataclass
-class Routing:
-    """What a router decided for T tokens; the losses and the metrics are computed from it."""
-
-    logits_TE: Tensor
-    probs_TE: Tensor
-    experts_TK: Tensor
-    weights_TK: Tensor
-    counts_E: Tensor
+from growmoe.models.router import Router, Routing
+from growmoe.ops.experts import Activation, ExpertWeights, expert_mlp
+from growmoe.ops.mapping import MappingTable
 
 
 class MLP(nn.Module):
@@ -43,32 +32,6 @@ class MLP(nn.Module):
         return self.down(h)
 
 
-class Router(nn.Module):
-    """Softmax or sigmoid top-k router, always in float32 or wider."""
-
-    def __init__(self, config: ModelConfig, experts: int) -> None:
-        super().__init__()
-        assert config.moe is not None
-        self.weight = nn.Parameter(torch.empty(experts, config.hidden_size))
-        self.top_k, self.renormalize = config.moe.top_k, config.moe.renormalize
-        self.scoring = config.moe.scoring
-
-    def forward(self, x_TD: Tensor) -> Routing:
-        """Choose K of E experts for every token."""
-        with torch.autocast(x_TD.device.type, enabled=False):
-            wide = torch.promote_types(x_TD.dtype, torch.float32)
-            logits_TE = F.linear(x_TD.to(wide), self.weight.to(wide))
-        scores_TE = logits_TE.softmax(-1) if self.scoring == "softmax" else logits_TE.sigmoid()
-        weights_TK, experts_TK = scores_TE.topk(self.top_k, dim=-1)
-        probs_TE = scores_TE  # the balance loss wants probabilities: they add up to one
-        if self.scoring == "sigmoid":
-            probs_TE = scores_TE / scores_TE.sum(-1, keepdim=True)
-        if self.renormalize:
-            weights_TK = weights_TK / weights_TK.sum(-1, keepdim=True)
-        counts_E = torch.bincount(experts_TK.reshape(-1), minlength=logits_TE.shape[1])
-        return Routing(logits_TE, probs_TE, experts_TK, weights_TK, counts_E)
-
-
 class Experts(nn.Module):
     """E feed-forward experts in stacked parameters: gate_up [E,2F,D] (gate rows first) or up
     [E,F,D], and down [E,D,F]; biases as [E,...]."""
@@ -84,23 +47,16 @@ class Experts(nn.Module):
         self.up_bias = nn.Parameter(torch.zeros(experts, rows)) if config.mlp_bias else None
         self.down_bias = nn.Parameter(torch.zeros(experts, D)) if config.mlp_bias else None
 
-    def forward(self, x_SD: Tensor, counts_E: Tensor) -> Tensor:
-        """Rows sorted by expert in, rows in the same order out."""
-        dtype = x_SD.dtype
-        if torch.is_autocast_enabled(x_SD.device.type):  # grouped_mm does not know autocast
-            dtype = torch.get_autocast_dtype(x_SD.device.type)
-        h = ops.grouped_linear(x_SD.to(dtype), self.up.to(dtype), counts_E)
-        if self.up_bias is not None:
-            h = h + self.up_bias.to(dtype).repeat_interleave(counts_E, dim=0)
-        if self.swiglu:
-            gate, up = h.chunk(2, dim=-1)
-            h = F.silu(gate) * up
-        else:
-            h = F.gelu(h, approximate="tanh")
-        y = ops.grouped_linear(h, self.down.to(dtype), counts_E)
-        if self.down_bias is not None:
-            y = y + self.down_bias.to(dtype).repeat_interleave(counts_E, dim=0)
-        return y
+    def forward(self, x_TD: Tensor, table: MappingTable, weights_TK: Tensor) -> Tensor:
+        """y_TD: what the experts of each token give, weighted and added up."""
+        dtype = x_TD.dtype
+        if torch.is_autocast_enabled(x_TD.device.type):  # the products do not know autocast
+            dtype = torch.get_autocast_dtype(x_TD.device.type)
+        biases = [None if b is None else b.to(dtype) for b in (self.up_bias, self.down_bias)]
+        weights = ExpertWeights(self.up.to(dtype), self.down.to(dtype), *biases)
+        activation: Activation = "swiglu" if self.swiglu else "gelu"
+        with torch.autocast(x_TD.device.type, enabled=False):
+            return expert_mlp(x_TD.to(dtype), table, weights_TK, weights, activation)
 
 
 class MoE(nn.Module):
@@ -119,11 +75,8 @@ class MoE(nn.Module):
     def forward(self, x_BTD: Tensor, fixed: MLP | None) -> tuple[Tensor, Routing]:
         """Returns ([B,T,D], routing); `fixed` is the residual MLP or shared expert, if any."""
         x_TD = x_BTD.reshape(-1, x_BTD.shape[-1])
-        routing = self.router(x_TD)
-        order_S, _ = ops.mapping_table(routing.experts_TK, routing.logits_TE.shape[1])
-        rows_SD = ops.routed_rows(x_TD, order_S, self.config.top_k)
-        y_SD = self.experts(rows_SD, routing.counts_E)
-        y_TD = ops.combine(y_SD, order_S, routing.weights_TK)
+        routing, table = self.router(x_TD, x_BTD.shape[0])
+        y_TD = self.experts(x_TD, table, routing.weights_TK)
         if fixed is not None:
             y_TD = self._mixed(x_TD, y_TD, fixed(x_TD))
         return y_TD.view_as(x_BTD), routing

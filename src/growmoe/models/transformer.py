@@ -4,11 +4,13 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from growmoe.errors import GrowmoeError
 from growmoe.models.attention import Attention, Cache, make_norm, rotary_tables
 from growmoe.models.config import ModelConfig
-from growmoe.models.moe import MLP, MoE, Routing
+from growmoe.models.moe import MLP, MoE
+from growmoe.models.router import Routing, routers
 
 
 @dataclass
@@ -61,6 +63,8 @@ class Transformer(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
+        self.recompute = False
+        """In training, keep only what enters each block and run it again in backward."""
         self.embed = nn.Embedding(config.vocab_size, config.hidden_size)
         if config.positions == "learned":
             self.positions = nn.Embedding(config.max_positions, config.hidden_size)
@@ -95,7 +99,12 @@ class Transformer(nn.Module):
             x_BTD = x_BTD + self.positions(positions)
         routing = []
         for block in self.layers:
-            x_BTD, routed = block(x_BTD, rotary, cache, real_BS)
+            if self.recompute and self.training and torch.is_grad_enabled():
+                x_BTD, routed = checkpoint(
+                    block, x_BTD, rotary, cache, real_BS, use_reentrant=False
+                )  # fmt: skip
+            else:
+                x_BTD, routed = block(x_BTD, rotary, cache, real_BS)
             if routed is not None:
                 routing.append(routed)
         x_BTD = self.norm(x_BTD)
@@ -125,3 +134,16 @@ def fresh_weights(config: ModelConfig, name: str) -> tuple[float, float]:
         return 1.0, 0.0
     writes = name.endswith((".o.weight", ".down.weight", ".experts.down"))
     return 0.0, config.init_std / ((2 * config.num_layers) ** 0.5 if writes else 1.0)
+
+
+def adopt(model: Transformer, config: ModelConfig) -> None:
+    """Give `model` a config that differs from its own in what has no weights yet: routers get a
+    selection bias of zeros, which leaves the function as it is."""
+    model.config = config
+    if config.moe is None or not config.moe.selection_bias:
+        return
+    for router in routers(model):
+        router.config = config.moe
+        if router.bias is None:
+            zeros_E = torch.zeros(len(router.weight), device=router.weight.device)
+            router.bias = nn.Parameter(zeros_E, requires_grad=False)

@@ -23,6 +23,9 @@ class Upcycling:
     experts: int | tuple[int, ...] = 8
     top_k: int = 2
     layers: str = "all"
+    pyramid: int = 0
+    groups: int = 1
+    top_groups: int = 1
     combine: Literal["renorm", "softmax", "sigmoid"] = "renorm"
     router: Literal["normal", "zero", "virtual_group"] = "normal"
     router_std: float = 0.02
@@ -64,10 +67,11 @@ class Upcycling:
 
 
 def expert_counts(
-    layers: int, experts: int | tuple[int, ...], where: str
-) -> tuple[int, ...]:  # fmt: skip
+    layers: int, experts: int | tuple[int, ...], where: str, pyramid: int = 0
+) -> tuple[int, ...]:
     """Experts per layer: one number for the layers `where` (`all`, `second` for 2, 4, ... counted
-    from 1, or layer numbers from 0 separated by commas), or a number for every layer."""
+    from 1, `first_half`, `second_half`, or layer numbers from 0 separated by commas), twice as
+    many in the last `pyramid` of them; or a number for every layer."""
     if not isinstance(experts, int):
         if where != "all":
             raise UsageError(
@@ -76,26 +80,41 @@ def expert_counts(
         if len(experts) != layers:
             raise UsageError(f"{len(experts)} expert counts are given for {layers} layers")
         return experts
-    if where == "all":
-        return (experts,) * layers
-    if where == "second":
-        return tuple(experts if layer % 2 else 0 for layer in range(layers))
+    chosen = _moe_layers(layers, where)
+    if pyramid > len(chosen):
+        raise UsageError(f"pyramid {pyramid} is more than the {len(chosen)} layers with experts")
+    doubled = chosen[len(chosen) - pyramid :]
+    counts = [0] * layers
+    for layer in chosen:
+        counts[layer] = 2 * experts if layer in doubled else experts
+    return tuple(counts)
+
+
+def _moe_layers(layers: int, where: str) -> list[int]:
+    named = {
+        "all": range(layers),
+        "second": range(1, layers, 2),
+        "first_half": range(layers // 2),
+        "second_half": range(layers // 2, layers),
+    }
+    if where in named:
+        return list(named[where])
     try:
-        chosen = {int(part) for part in where.split(",")}
+        chosen = sorted({int(part) for part in where.split(",")})
     except ValueError:
         raise UsageError(
-            f"layers '{where}' is neither 'all', 'second' nor a list like '3,5,7'"
+            f"layers '{where}' is neither {', '.join(named)} nor a list like '3,5,7'"
         ) from None
-    if outside := sorted(layer for layer in chosen if not 0 <= layer < layers):
+    if outside := [layer for layer in chosen if not 0 <= layer < layers]:
         raise UsageError(f"layer {outside[0]} is not one of the layers 0 to {layers - 1}")
-    return tuple(experts if layer in chosen else 0 for layer in range(layers))
+    return chosen
 
 
 def upcycled_config(source: ModelConfig, up: Upcycling) -> ModelConfig:
     """The shape after upcycling; raises UsageError that names every obstacle."""
     if source.moe is not None:
         raise UsageError("the source is a mixture of experts already")
-    counts = expert_counts(source.num_layers, up.experts, up.layers)
+    counts = expert_counts(source.num_layers, up.experts, up.layers, up.pyramid)
     G = up.granularity
     problems = []
     if up.top_k < 1:
@@ -119,6 +138,7 @@ def upcycled_config(source: ModelConfig, up: Upcycling) -> ModelConfig:
         experts=counts, top_k=up.top_k, ffn_size=source.ffn_size // G,
         renormalize=up.combine != "softmax",
         scoring="sigmoid" if up.combine == "sigmoid" else "softmax",
+        groups=up.groups, top_groups=up.top_groups,
         mix=up.residual, fixed_ffn_size=source.ffn_size if up.residual != "none" else 0,
     )  # fmt: skip
     return source.replace(moe=moe, family=_MOE_FAMILY.get(source.family, source.family))

@@ -1,12 +1,14 @@
 """The shape of every model in a recipe, worked out before anything runs. Imports no torch."""
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
 from growmoe.errors import GrowmoeError, UsageError
 from growmoe.files import read_json
-from growmoe.models.config import ModelConfig
+from growmoe.models.config import ModelConfig, MoEConfig
 from growmoe.models.presets import preset
+from growmoe.models.upcycling import expert_counts
 from growmoe.planning.derived import (
     config_of,
     derivation,
@@ -19,6 +21,7 @@ from growmoe.recipe import (
     ExportStage,
     GrowStage,
     InitModel,
+    InitMoE,
     PrepareStage,
     Recipe,
     TrainStage,
@@ -50,7 +53,43 @@ def initial_config(init: InitModel, vocab_size: int) -> ModelConfig:
         qk_norm=init.qk_norm,
         tied_head=init.tied_head,
         init_std=init.init_std,
+        moe=_initial_moe(init, init.moe) if init.moe else None,
     )
+
+
+def _initial_moe(init: InitModel, moe: InitMoE) -> MoEConfig:
+    several = moe.top_k > 1
+    return MoEConfig(
+        experts=expert_counts(init.num_layers, moe.experts, moe.layers, moe.pyramid),
+        top_k=moe.top_k,
+        ffn_size=moe.ffn_size or init.ffn_size,
+        renormalize=several if moe.renormalize is None else moe.renormalize,
+        scoring=moe.scoring,
+        selection_bias=moe.selection_bias,
+        groups=moe.groups,
+        top_groups=moe.top_groups,
+        mix=moe.residual,
+        fixed_ffn_size=(moe.fixed_ffn_size or init.ffn_size) if moe.residual != "none" else 0,
+    )
+
+
+def trained_config(stage: TrainStage, config: ModelConfig) -> ModelConfig:
+    """The shape while and after training: balancing by bias gives every router one.
+
+    Raises UsageError for routing options of a model without routers, and for sequences that are
+    longer than the model's context.
+    """
+    asked = stage.routing.model_fields_set
+    if config.moe is None and asked:
+        raise UsageError(f"routing.{sorted(asked)[0]} is for models with experts")
+    if stage.sequence_length > config.max_positions:
+        raise UsageError(
+            f"sequence_length {stage.sequence_length} is longer than the model's context of "
+            f"{config.max_positions}"
+        )
+    if config.moe is None or not stage.routing.bias_rate or config.moe.selection_bias:
+        return config
+    return config.replace(moe=dataclasses.replace(config.moe, selection_bias=True), family="")
 
 
 def plan_recipe(recipe: Recipe) -> list[dict[str, Any]]:
@@ -140,15 +179,15 @@ def _config_after(
 ) -> ModelConfig | None:
     if isinstance(stage, TrainStage) and stage.model is None:
         if stage.preset is not None:
-            return check_context(stage, preset(stage.preset))
+            return trained_config(stage, preset(stage.preset))
         assert stage.init is not None
         vocab = vocabs.get(stage.data) or _corpus_vocab(stage.data)
-        return check_context(stage, initial_config(stage.init, vocab))
+        return trained_config(stage, initial_config(stage.init, vocab))
     source = _source_of(stage, configs)
     if source is None:
         return None
     if isinstance(stage, TrainStage):
-        return check_context(stage, source)
+        return trained_config(stage, source)
     if isinstance(stage, ExportStage):
         return exported_config(source, stage)
     return derived_config(source, stage)
@@ -158,16 +197,6 @@ def _source_of(stage: ModelStage, configs: dict[str, ModelConfig | None]) -> Mod
     """The shape of the model that a stage starts from; None when it is impossible itself."""
     assert stage.model is not None
     return configs[stage.model] if stage.model in configs else config_of(Path(stage.model))
-
-
-def check_context(stage: TrainStage, config: ModelConfig) -> ModelConfig:
-    """Raises UsageError when the training sequences are longer than the model's context."""
-    if stage.sequence_length > config.max_positions:
-        raise UsageError(
-            f"sequence_length {stage.sequence_length} is longer than the model's context of "
-            f"{config.max_positions}"
-        )
-    return config
 
 
 def _vocab_of(stage: PrepareStage) -> int:

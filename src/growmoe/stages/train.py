@@ -24,8 +24,8 @@ from growmoe.models.config import ModelConfig, tensor_shapes
 from growmoe.models.lineage import write_lineage
 from growmoe.models.presets import preset
 from growmoe.models.safetensors_io import TensorFile
-from growmoe.models.transformer import Transformer
-from growmoe.planning.recipes import check_context, initial_config
+from growmoe.models.transformer import Transformer, adopt
+from growmoe.planning.recipes import initial_config, trained_config
 from growmoe.recipe import TrainStage
 from growmoe.training.resume import MOMENTS, save_moments
 from growmoe.training.start import Start
@@ -37,7 +37,7 @@ def run(spec: TrainStage, staged: Path, work: Path) -> dict[str, Any]:
     """Train, then write the model; metrics and checkpoints stay in `work`."""
     corpus = Corpus(Path(spec.data))
     model = _model(spec, corpus)
-    check_context(spec, model.config)
+    adopt(model, trained_config(spec, model.config))
     trainer = Trainer(model, corpus, spec, work, start_of(spec, model))
     outcome = trainer.train()
     save_model(staged, model, "float32")

@@ -8,7 +8,7 @@ import json
 import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from safetensors import SafetensorError
@@ -26,6 +26,18 @@ MOMENTS = "optimizer/adamw.safetensors"
 _NAME = "step-{:08d}"
 
 
+class Stateful(Protocol):
+    """What else a run has to remember."""
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """Named tensors."""
+        ...
+
+    def load(self, state: dict[str, torch.Tensor]) -> None:
+        """The reverse; raises KeyError where something is missing."""
+        ...
+
+
 @dataclass(frozen=True)
 class Position:
     """Where a run stands: finished optimizer steps, and what it has cost so far."""
@@ -37,8 +49,9 @@ class Position:
 
 
 def save_checkpoint(
-    folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, position: Position
-) -> None:
+    folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, position: Position,
+    more: Stateful,
+) -> None:  # fmt: skip
     """Write a checkpoint below `folder`, then remove the older ones."""
     out = folder / _NAME.format(position.step)
     staged = folder / f".{out.name}.tmp"
@@ -51,6 +64,7 @@ def save_checkpoint(
         for key, value in values.items():
             state[f"{names[parameter]}/{key}"] = value
     state["/rng"] = torch.get_rng_state()
+    state |= {f"/more/{name}": tensor for name, tensor in more.state().items()}
     save_file(state, staged / "optimizer.safetensors")
     write_json(staged / "position.json", asdict(position))
     shutil.rmtree(out, ignore_errors=True)
@@ -66,7 +80,7 @@ def checkpoints(folder: Path) -> list[Path]:
 
 
 def load_checkpoint(
-    folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer
+    folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, more: Stateful
 ) -> Position | None:
     """Restore the newest checkpoint below `folder`; None when there is none.
 
@@ -86,9 +100,11 @@ def load_checkpoint(
         parameters = dict(model.named_parameters())
         for key, value in state.items():
             name, _, field = key.rpartition("/")
-            if name:
+            if name in parameters:
                 optimizer.state[parameters[name]][field] = value
         torch.set_rng_state(state["/rng"])
+        kept = {k.removeprefix("/more/"): v for k, v in state.items() if k.startswith("/more/")}
+        more.load(kept)
     except (SafetensorError, OSError, KeyError, TypeError, ValueError, RuntimeError) as error:
         raise GrowmoeError(
             f"{path} is damaged or of another model ({error}); remove it to start over"

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
+from torch import nn
 
 from growmoe.data.corpus import Corpus
 from growmoe.data.loader import Loader
@@ -25,8 +26,10 @@ from growmoe.models.transformer import Transformer
 from growmoe.progress import Progress
 from growmoe.recipe import TrainStage
 from growmoe.training.losses import Losses, LossWeights, language_model_loss
+from growmoe.training.observing import gradient_groups, gradient_norms
 from growmoe.training.optimizer import learning_rate, make_optimizer
 from growmoe.training.resume import Position, load_checkpoint, save_checkpoint
+from growmoe.training.routing import RoutingControl
 from growmoe.training.start import Newcomers, Start
 from growmoe.training.validation import domain_losses, expert_loads, mean_loss
 
@@ -71,7 +74,11 @@ class Trainer:
         for name, state in start.state.items():
             self.optimizer.state[parameters[name]].update(state)
         self.newcomers = Newcomers(model, start, spec.optimizer, spec.steps)
-        self.weights = LossWeights(spec.losses.balance, spec.losses.z, spec.losses.z_kind)
+        losses = spec.losses
+        self.weights = LossWeights(losses.balance, losses.balance_scope, {**losses.z})
+        self.routing = RoutingControl(model, spec)
+        self.groups = gradient_groups(model)
+        model.recompute = spec.activation_checkpointing
         wants = spec.dtype == "bfloat16" or (spec.dtype == "auto" and native_bfloat16())
         self.autocast = torch.autocast("cpu", torch.bfloat16, enabled=wants)
         self.dtype = "bfloat16" if wants else "float32"
@@ -128,29 +135,40 @@ class Trainer:
         rate = learning_rate(step, self.spec.steps, self.spec.optimizer)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        sums = dict.fromkeys(("loss", "balance", "z"), 0.0)
+        sums: dict[str, float] = {}
+        self.routing.begin(step)
         for _ in range(self.spec.accumulation):
-            losses = self._forward()
-            (losses.total / self.spec.accumulation).backward()
-            sums["loss"] += float(losses.cross_entropy) / self.spec.accumulation
-            sums["balance"] += float(losses.balance) / self.spec.accumulation
-            sums["z"] += float(losses.z) / self.spec.accumulation
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.spec.optimizer.clip)
+            losses = self._forward_backward()
+            parts = {"loss": losses.cross_entropy, "balance": losses.balance}
+            parts |= {f"z_{kind}": value for kind, value in losses.z.items()}
+            for name, value in parts.items():
+                sums[name] = sums.get(name, 0.0) + float(value) / self.spec.accumulation
+        norms = gradient_norms(self.groups)
+        norm = nn.utils.get_total_norm(list(norms.values()))
         if not torch.isfinite(norm):
             raise GrowmoeError(
                 f"the gradient is not finite at step {step + 1} (loss {sums['loss']}); lower "
                 "optimizer.lr; the last checkpoint is untouched"
             )
+        nn.utils.clip_grads_with_norm_(
+            self.model.parameters(), self.spec.optimizer.clip, norm
+        )  # fmt: skip
         with self.newcomers.paced(step):
             self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        return {**sums, "lr": rate, "grad_norm": float(norm)}
+        record: dict[str, Any] = {**sums, "lr": rate, "grad_norm": float(norm)}
+        record["grad_norms"] = {name: round(float(value), 6) for name, value in norms.items()}
+        return record | self.routing.end()
 
-    def _forward(self) -> Losses:
+    def _forward_backward(self) -> Losses:
         batch = torch.from_numpy(self.loader.next_batch(self.spec.batch_size))
         with self.autocast:
             output = self.model(batch[:, :-1])
-        return language_model_loss(output, batch[:, 1:], self.weights)
+        seen = self.routing.forward(output.routing)
+        losses = language_model_loss(output, batch[:, 1:], self.weights, seen)
+        (losses.total / self.spec.accumulation).backward()
+        self.routing.backward(output.routing)
+        return losses
 
     def _validation(self, position: Position) -> dict[str, Any]:
         losses = domain_losses(self.model, self.windows)
@@ -159,13 +177,14 @@ class Trainer:
         }  # fmt: skip
         if self.model.config.moe:
             record["expert_load"] = expert_loads(self.model, self.windows)
+            record["experts"] = self.routing.experts()
         return record
 
     # ---- state on disk ----
 
     def _resume(self) -> Position:
         folder = self.run_dir / "checkpoints"
-        position = load_checkpoint(folder, self.model, self.optimizer)
+        position = load_checkpoint(folder, self.model, self.optimizer, self.routing)
         if position is None:
             return Position(0, 0, 0.0, self.fingerprint)
         if position.fingerprint != self.fingerprint:
@@ -182,7 +201,7 @@ class Trainer:
     def _save(self, position: Position) -> None:
         folder = self.run_dir / "checkpoints"
         try:
-            save_checkpoint(folder, self.model, self.optimizer, position)
+            save_checkpoint(folder, self.model, self.optimizer, position, self.routing)
         except (OSError, SafetensorError) as error:
             raise GrowmoeError(
                 f"cannot write a checkpoint in {folder}: {error}; the one before is untouched"

@@ -3,35 +3,31 @@
 `recipe_yaml.py` reads one from a file and reports mistakes. Imports no torch.
 """
 
-import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr, model_validator
+from pydantic import BeforeValidator, Field, PrivateAttr, model_validator
 
-
-def _whole_number(value: Any) -> Any:
-    """1e6 is a whole number; true and "4" are not numbers."""
-    if isinstance(value, float) and value.is_integer():
-        return int(value)
-    if isinstance(value, bool | str):
-        raise ValueError(f"input should be a valid integer, not {value!r}")
-    return value
-
-
-Count = Annotated[int, BeforeValidator(_whole_number), Field(ge=1)]
-Seed = Annotated[int, BeforeValidator(_whole_number), Field(ge=0, lt=2**63)]
-Fraction = Annotated[float, Field(ge=0, le=1)]
-Positive = Annotated[float, Field(gt=0)]
-NonNegative = Annotated[float, Field(ge=0)]
-Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]
-
-
-class Strict(BaseModel):
-    """Unknown keys are errors, and a checked stage does not change."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+from growmoe.recipe.fields import (
+    Count,
+    ExpertLayout,
+    Fraction,
+    Layer,
+    Name,
+    NonNegative,
+    Positive,
+    Seed,
+    Strict,
+    numbers,
+)
+from growmoe.recipe.training import InitModel as InitModel
+from growmoe.recipe.training import InitMoE as InitMoE
+from growmoe.recipe.training import LossModel as LossModel
+from growmoe.recipe.training import OptimizerModel as OptimizerModel
+from growmoe.recipe.training import RankingModel as RankingModel
+from growmoe.recipe.training import RoutingModel as RoutingModel
+from growmoe.recipe.training import TrainStage as TrainStage
 
 
 class SourceModel(Strict):
@@ -79,133 +75,6 @@ class PrepareStage(Strict):
         return self
 
 
-class InitModel(Strict):
-    """A new model; its vocabulary is the corpus's, rounded up to a multiple of 64. Models with gelu
-    have biases everywhere, as GPT does."""
-
-    hidden_size: Count
-    num_layers: Count
-    num_heads: Count
-    num_kv_heads: Count | None = None
-    head_dim: Count | None = None
-    ffn_size: Count
-    max_positions: Count = 2048
-    norm: Literal["rms", "layer"] = "rms"
-    positions: Literal["rope", "learned"] = "rope"
-    activation: Literal["swiglu", "gelu"] = "swiglu"
-    rope_theta: Positive = 10000.0
-    qkv_bias: bool = False
-    qk_norm: bool = False
-    tied_head: bool = True
-    init_std: Positive = 0.02
-
-    @model_validator(mode="after")
-    def _divides(self) -> "InitModel":
-        kv_heads = self.num_kv_heads or self.num_heads
-        if self.num_heads % kv_heads:
-            raise ValueError(f"num_heads {self.num_heads} does not divide by {kv_heads} kv heads")
-        if self.head_dim is None and self.hidden_size % self.num_heads:
-            raise ValueError(
-                f"hidden_size {self.hidden_size} does not divide by num_heads {self.num_heads}; "
-                "give head_dim"
-            )
-        head_dim = self.head_dim or self.hidden_size // self.num_heads
-        if self.positions == "rope" and head_dim % 2:
-            raise ValueError(f"head_dim {head_dim} must be even for rotary positions")
-        return self
-
-
-class OptimizerModel(Strict):
-    """AdamW and its learning rate over the run."""
-
-    lr: Positive = 3e-4
-    schedule: Literal["cosine", "wsd", "constant"] = "cosine"
-    warmup: Fraction = 0.02
-    """Share of the steps with a linearly rising rate."""
-    decay: Fraction = 0.2
-    """wsd: share of the steps at the end with a falling rate."""
-    min_lr_ratio: Fraction = 0.1
-    weight_decay: NonNegative = 0.1
-    beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
-    beta2: Annotated[float, Field(ge=0, lt=1)] = 0.95
-    clip: Positive = 1.0
-    state: Literal["reset", "keep_old_zero_new", "copy"] = "reset"
-    """AdamW's moments at the start: zeros, or those of the model that this one was grown from (it
-    was trained with keep_optimizer), on inherited elements only or on their copies too."""
-    new_warmup: NonNegative = 0.0
-    """Steps (below 1: share of the steps) in which the rate of elements that growth made rises from
-    0 to `new_lr_ratio` times the others'; over as many steps more it returns to theirs. 0: off."""
-    new_lr_ratio: Positive = 1.3
-
-
-class LossModel(Strict):
-    """Router losses, computed per layer and averaged over layers."""
-
-    balance: NonNegative = 0.001
-    z: NonNegative = 0.01
-    z_kind: Literal[
-        "router_logsumexp", "router_max", "output_logsumexp", "output_max"
-    ] = "router_logsumexp"  # fmt: skip
-
-
-class TrainStage(Strict):
-    """Train a new model (`init` or `preset`) or an existing one (`model`)."""
-
-    stage: Literal["train"]
-    name: Name = "train"
-    model: str | None = None
-    init: InitModel | None = None
-    preset: str | None = None
-    data: str
-    weights: dict[str, NonNegative] | None = None
-    """Mixture weights in place of the corpus's own."""
-    tokens: Count
-    sequence_length: Count = 512
-    batch_size: Count = 8
-    """Sequences per micro batch."""
-    accumulation: Count = 1
-    optimizer: OptimizerModel = OptimizerModel()
-    keep_optimizer: bool = False
-    """Leave AdamW's moments with the model, for `optimizer.state` of what is grown from it."""
-    losses: LossModel = LossModel()
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Arithmetic of the forward pass; weights and optimizer are float32. auto: bfloat16 where the
-    processor multiplies it natively."""
-    seed: Seed = 0
-    pretrained_tokens: Count | None = None
-    """Training tokens of `model`, where its lineage does not say; for the plan's warnings."""
-    validate_every: Count = 100
-    checkpoint_every: Count = 100
-
-    @model_validator(mode="after")
-    def _one_start(self) -> "TrainStage":
-        given = [key for key in ("model", "init", "preset") if getattr(self, key) is not None]
-        if len(given) != 1:
-            raise ValueError(f"give exactly one of model, init and preset, not {given or 'none'}")
-        if self.model is None and (self.optimizer.state != "reset" or self.optimizer.new_warmup):
-            raise ValueError(
-                "optimizer.state and optimizer.new_warmup are for a model, not a new one"
-            )
-        warmup = self.optimizer.new_warmup
-        if "new_lr_ratio" in self.optimizer.model_fields_set and not warmup:
-            raise ValueError("optimizer.new_lr_ratio needs optimizer.new_warmup")
-        if 0 < warmup < 1 and round(warmup * self.steps) < 1:
-            raise ValueError(
-                f"optimizer.new_warmup: a share of {warmup} of {self.steps} steps is none"
-            )
-        return self
-
-    @property
-    def tokens_per_step(self) -> int:
-        """Tokens of one optimizer step."""
-        return self.sequence_length * self.batch_size * self.accumulation
-
-    @property
-    def steps(self) -> int:
-        """Optimizer steps that `tokens` make, at least one."""
-        return max(1, round(self.tokens / self.tokens_per_step))
-
-
 class _OnText(Strict):
     """Checks run on the text of a file, or on the validation split of a corpus."""
 
@@ -214,36 +83,20 @@ class _OnText(Strict):
     seed: Seed = 0
 
 
-def _numbers(value: Any) -> Any:
-    """'4,4,8' (as on the command line) is a list of numbers; '8' is one number."""
-    if not isinstance(value, str) or not re.fullmatch(r"\s*\d+(\s*,\s*\d+)*\s*", value):
-        return value
-    numbers = [int(part) for part in value.split(",")]
-    return numbers if "," in value else numbers[0]
-
-
-def _expert_counts(value: Any) -> Any:
-    numbers = _numbers(value)
-    if isinstance(numbers, str) or (numbers == 0 and not isinstance(numbers, bool)):
-        raise ValueError("give a number of experts, or one per layer as 0,4,8 (0 is a dense layer)")
-    return numbers
-
-
 def _depth(value: Any) -> Any:
-    numbers = _numbers(value)
-    if isinstance(numbers, str) and numbers not in get_args(Depth):
+    found = numbers(value)
+    if isinstance(found, str) and found not in get_args(Depth):
         raise ValueError(f"give {', '.join(get_args(Depth))}, or the layers to copy as 0,1,1,2")
-    return [numbers] if isinstance(numbers, int) and not isinstance(numbers, bool) else numbers
+    return [found] if isinstance(found, int) and not isinstance(found, bool) else found
 
 
 def _pair(value: Any) -> Any:
-    numbers = _numbers(value)
-    if not isinstance(numbers, list | tuple) or len(numbers) != 2:
+    found = numbers(value)
+    if not isinstance(found, list | tuple) or len(found) != 2:
         raise ValueError("give two numbers, as 3,3")
-    return numbers
+    return found
 
 
-Layer = Annotated[int, Field(ge=0)]
 Depth = Literal["identity", "stack", "interpolate", "dus"]
 Deviation = Annotated[float, Field(ge=0, le=1000)]
 
@@ -349,21 +202,11 @@ class GrowStage(_Derived):
         return "interpolate" if self.method == "aki-pro" else "stack"
 
 
-def _layer_list(value: Any) -> Any:
-    """A YAML list or a single number, as the text that `--layers` takes."""
-    if isinstance(value, list):
-        return ",".join(map(str, value))
-    return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
-
-
-class UpcycleStage(_Derived):
+class UpcycleStage(_Derived, ExpertLayout):
     """Scale-out: a dense model becomes a mixture of experts."""
 
     stage: Literal["upcycle"]
     name: Name = "upcycle"
-    experts: Annotated[Count | tuple[Layer, ...], BeforeValidator(_expert_counts)] = 8
-    """Routed experts of every layer, or a list with one number per layer (0 is a dense layer)."""
-    top_k: Count = 2
     combine: Literal["renorm", "softmax", "sigmoid"] = "renorm"
     """Weights of the chosen experts: softmax divided by their sum, raw softmax (the experts are
     then scaled by E/k), or sigmoid scores divided by their sum."""
@@ -371,8 +214,6 @@ class UpcycleStage(_Derived):
     """virtual_group: one row per group of `granularity` experts, so that whole groups are chosen;
     the default when granularity is above 1, else normal."""
     router_std: Deviation = 0.02
-    layers: Annotated[str, BeforeValidator(_layer_list)] = "all"
-    """all, second, or a list like [3, 5, 7] or '3,5,7' (from 0)."""
     expert_init: Literal["copy", "noise", "drop", "permute"] = "copy"
     """noise and drop (Drop-Upcycling) are lossy, permute reorders hidden units."""
     noise: Deviation = 0.01
@@ -381,16 +222,12 @@ class UpcycleStage(_Derived):
     """expert_init drop: part of the hidden units that is drawn anew."""
     granularity: Count = 1
     """Slices of the feed-forward per expert copy (fine-grained experts)."""
-    residual: Literal["none", "sum", "softmax2", "sigmoid_gate"] = "none"
-    """A fixed branch beside the experts, and how it is mixed (Residual-MoE, shared expert)."""
     shared: Literal["dense_plus_null", "half_half"] = "dense_plus_null"
     """What the fixed branch starts as: the dense feed-forward with experts that add nothing yet, or
     both giving their half."""
 
     @model_validator(mode="after")
-    def _enough(self) -> "UpcycleStage":
-        if isinstance(self.experts, int) and self.experts < self.top_k:
-            raise ValueError(f"experts ({self.experts}) are fewer than top_k ({self.top_k})")
+    def _idle(self) -> "UpcycleStage":
         if self.residual == "none" and self.shared != "dense_plus_null":
             raise ValueError("shared is for a fixed branch; give residual")
         if self.expert_init != "noise" and "noise" in self.model_fields_set:
@@ -443,7 +280,7 @@ class EvaluateStage(_OnText):
     stage: Literal["evaluate"]
     name: Name = "evaluate"
     model: str
-    tasks: list[str] = []
+    tasks: list[str] = Field(default=[])
     limit: Count | None = None
     """Rows per task file."""
 
