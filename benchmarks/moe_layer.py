@@ -26,6 +26,7 @@ import contextlib
 import ctypes
 import itertools
 import json
+import math
 import os
 import platform
 import statistics
@@ -50,8 +51,10 @@ from moe_report import report
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 TOLERANCE = {"fp32": 1e-4, "bf16": 2e-2}
 """Largest difference over the largest value of the reference, which computes in the same dtype."""
-SAMPLE_SECONDS = 0.02
 ZIPF = 1.2
+TIMED_MMAP, MEASURED_MMAP = 32 << 20, 128 << 10
+"""Bytes from which glibc maps a block: where its default ends up in a long run; and small while
+peak memory is measured, so that it is the memory of live tensors."""
 KEY = ("T", "E", "k", "routing", "dtype", "pass", "threads")
 
 
@@ -186,6 +189,15 @@ def check(layer: Layer, batch: Batch, cell: Cell, want: Expected, y: Tensor) -> 
     return found
 
 
+def mmap_above(size: int) -> None:
+    """glibc gives blocks from `size` bytes on back when they are freed; smaller ones it keeps and
+    reuses in ways that depend on what ran before."""
+    with contextlib.suppress(OSError, AttributeError):
+        libc = ctypes.CDLL("libc.so.6")
+        libc.mallopt(-3, size)  # M_MMAP_THRESHOLD
+        libc.mallopt(-1, 2 * size)  # M_TRIM_THRESHOLD
+
+
 def resident_kb(field: str) -> int:
     """A field of /proc/self/status."""
     for line in Path("/proc/self/status").read_text().splitlines():
@@ -203,14 +215,17 @@ def with_peak(call: Callable[[], Tensor], device: str) -> tuple[Tensor, float | 
         y = call()
         torch.cuda.synchronize()
         return y, (torch.cuda.max_memory_allocated() - before) / 1e6
+    mmap_above(MEASURED_MMAP)
     try:
         ctypes.CDLL("libc.so.6").malloc_trim(0)
         Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts anew
         before = resident_kb("VmRSS")
-    except (OSError, AttributeError):
+        y = call()
+        return y, (resident_kb("VmHWM") - before) * 1024 / 1e6
+    except (OSError, AttributeError):  # not Linux
         return call(), None
-    y = call()
-    return y, (resident_kb("VmHWM") - before) * 1024 / 1e6
+    finally:
+        mmap_above(TIMED_MMAP)
 
 
 # ---- time ----
@@ -246,11 +261,10 @@ def sample(call: Callable[[], Any], inner: int, device: str) -> tuple[float, flo
     return (time.process_time() - own) / inner, (time.perf_counter() - wall) / inner
 
 
-def timed(
-    calls: dict[str, Callable[[], Any]], repeats: int, budget: float, device: str
-) -> dict[str, Timing]:
+def timed(calls: dict[str, Callable[[], Any]], options: argparse.Namespace) -> dict[str, Timing]:
     """Interleaved samples; who is slow gets fewer of them, and one only if it alone takes the
     whole budget of the cell."""
+    budget, device, shortest = options.cell_seconds, options.device, options.sample_ms / 1e3
     timings = {}
     for name, call in calls.items():
         timing = timings[name] = Timing(samples=[])
@@ -258,12 +272,12 @@ def timed(
         if wall > budget:
             timing.samples.append(first)
             continue
-        if own < SAMPLE_SECONDS:
+        if own < shortest:
             own, wall = sample(call, 1, device)
-            timing.inner = max(1, min(1000, round(SAMPLE_SECONDS / max(own, 1e-6) + 0.5)))
+            timing.inner = max(1, min(1000, math.ceil(shortest / max(own, 1e-6))))
         share = budget / len(calls) / max(wall * timing.inner, 1e-6)
-        timing.rounds = max(2, min(repeats, int(share)))
-    for number in range(repeats):
+        timing.rounds = max(2, min(options.repeats, int(share)))
+    for number in range(options.repeats):
         for name, timing in timings.items():
             if number < timing.rounds:
                 timing.samples.append(sample(calls[name], timing.inner, device))
@@ -293,7 +307,7 @@ def expected_seconds(cell: Cell, options: argparse.Namespace) -> float:
     if cell.backward:
         moved = 12 * cell.E * options.hidden * options.ffn * DTYPES[cell.dtype].itemsize
         once = 3 * once + moved / 5e9
-    one = max(2 * SAMPLE_SECONDS, once) * (options.repeats + 1)
+    one = max(2e-3 * options.sample_ms, once) * (options.repeats + 1)
     return min(one * len(options.impl), options.cell_seconds + 2 * once * len(options.impl))
 
 
@@ -319,7 +333,17 @@ class Bench:
 
     def _resume(self, earlier: dict[str, Any]) -> None:
         mine, theirs = self.document["config"], earlier["config"]
-        for field in ("hidden", "ffn", "seed", "device", "impl", "versions", "commit", "cpu"):
+        for field in (
+            "hidden",
+            "ffn",
+            "seed",
+            "device",
+            "impl",
+            "versions",
+            "environment",
+            "commit",
+            "cpu",
+        ):
             if mine[field] != theirs[field]:
                 raise UsageError(
                     f"{self.options.out} cannot be continued: its {field} was {theirs[field]}, "
@@ -389,7 +413,7 @@ class Bench:
             for name, layer in layers.items()
         }
         options = self.options
-        timings = timed(calls, options.repeats, options.cell_seconds, options.device)
+        timings = timed(calls, options)
         for layer in layers.values():
             release(layer, batch)
         medians = {name: timing.medians() for name, timing in timings.items()}
@@ -426,6 +450,7 @@ class Bench:
 
 def warm_up(options: argparse.Namespace) -> None:
     """Imports and first-call costs, outside of every measurement."""
+    mmap_above(TIMED_MMAP)
     for dtype in options.dtype:
         shared = peers.shared_weights(8, 64, 64, DTYPES[dtype], options.device, 0)
         batch = batch_of(Cell(64, 8, 2, "uniform", dtype, True, 1), 64, 0, options.device)
@@ -452,9 +477,13 @@ def configuration(options: argparse.Namespace) -> dict[str, Any]:
         subprocess.run([*git, *command], capture_output=True, text=True).stdout.strip()
         for command in (("rev-parse", "HEAD"), ("status", "--porcelain", "-uno"))
     ]
+    allocator = {
+        key: value for key, value in os.environ.items()
+        if key.startswith(("MALLOC_", "THP_MEM", "OMP_", "KMP_", "LD_PRELOAD"))
+    }  # fmt: skip
     return {
         **{key: value for key, value in vars(options).items() if key not in ("out", "resume")},
-        "versions": versions, "cpu": cpu_name(), "cores": os.cpu_count(),
+        "versions": versions, "environment": allocator, "cpu": cpu_name(), "cores": os.cpu_count(),
         "gpu": torch.cuda.get_device_name() if options.device == "cuda" else None,
         "zipf": ZIPF, "router_scale": peers.ROUTER_SCALE, "tolerance": TOLERANCE,
         "commit": told[0] + ("+changes" if told[1] else ""), "load_average": os.getloadavg(),
@@ -487,6 +516,7 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--impl", nargs="+", choices=tuple(peers.BUILDERS), default=None, help="default: all")
     add("--repeats", type=int, default=5, help="samples; their median is reported")
     add("--cell-seconds", type=float, default=20.0, help="time budget of a cell")
+    add("--sample-ms", type=float, default=20.0, help="shorter passes are repeated in a sample")
     add("--memory-gb", type=float, default=4.0, help="padded implementations may need this much")
     add("--device", choices=("cpu", "cuda"), default="cpu")
     add("--seed", type=int, default=0)
