@@ -9,10 +9,10 @@ cell is timed, outputs, and in float32 gradients, are compared; a difference end
 exit code 1.
 
 `seconds` is CPU time (all threads together) and `wall_seconds` the clock; on a GPU both come from
-the device. Forward runs without gradients. Samples go round robin over the implementations, so
-that a neighbour's load meets all of them; one sample runs for at least 20 ms, on the same tokens,
-so at small T the weights of the chosen experts come from the cache where they fit. Peak memory is
-what one pass at one thread adds to what was resident before, gradients included.
+the device. Forward runs without gradients. Samples go round robin over the implementations, to
+and fro, so that a neighbour's load meets all of them. One sample runs for at least 20 ms on the
+same tokens, so at small T the weights of the chosen experts come from the cache where they fit.
+Peak memory is what one pass at one thread adds to what was resident before, with gradients.
 
     python benchmarks/moe_layer.py --out runs/moe_layer.json [--resume]
     python benchmarks/moe_layer.py --quick
@@ -246,7 +246,10 @@ class Timing:
 
 
 def sample(call: Callable[[], Any], inner: int, device: str) -> tuple[float, float]:
-    """Seconds of one call: (CPU time, wall time), or twice the device's time."""
+    """Seconds of one call: (CPU time, wall time), or twice the device's time. Short calls start
+    with what the caches hold after their own, not after another implementation's."""
+    for _ in range(min(inner - 1, 3)):
+        call()
     if device == "cuda":
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         begin.record()
@@ -278,7 +281,8 @@ def timed(calls: dict[str, Callable[[], Any]], options: argparse.Namespace) -> d
         share = budget / len(calls) / max(wall * timing.inner, 1e-6)
         timing.rounds = max(2, min(options.repeats, int(share)))
     for number in range(options.repeats):
-        for name, timing in timings.items():
+        for name in list(timings) if number % 2 == 0 else reversed(timings):
+            timing = timings[name]
             if number < timing.rounds:
                 timing.samples.append(sample(calls[name], timing.inner, device))
     return timings
