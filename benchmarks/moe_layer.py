@@ -24,6 +24,7 @@ Prints tables and ends in one JSON line.
 import argparse
 import contextlib
 import ctypes
+import functools
 import itertools
 import json
 import math
@@ -45,6 +46,7 @@ from torch import Tensor
 
 import moe_peers as peers
 from growmoe.errors import GrowmoeError, UsageError
+from growmoe.training.memory import keep_freed_memory
 from moe_peers import Layer, Shared
 from moe_report import report
 
@@ -55,6 +57,7 @@ ZIPF = 1.2
 TIMED_MMAP, MEASURED_MMAP = 32 << 20, 128 << 10
 """Bytes from which glibc maps a block: where its default ends up in a long run; and small while
 peak memory is measured, so that it is the memory of live tensors."""
+MMAP_MAX = 65536  # glibc's default: blocks that may be mapped
 KEY = ("T", "E", "k", "routing", "dtype", "pass", "threads")
 
 
@@ -189,11 +192,18 @@ def check(layer: Layer, batch: Batch, cell: Cell, want: Expected, y: Tensor) -> 
     return found
 
 
+def timed_allocator(kind: str) -> None:
+    """`keep`: freed memory is reused, as in `growmoe train`; `default`: as glibc left alone."""
+    if kind == "default" or not keep_freed_memory():
+        mmap_above(TIMED_MMAP)
+
+
 def mmap_above(size: int) -> None:
     """glibc gives blocks from `size` bytes on back when they are freed; smaller ones it keeps and
     reuses in ways that depend on what ran before."""
     with contextlib.suppress(OSError, AttributeError):
         libc = ctypes.CDLL("libc.so.6")
+        libc.mallopt(-4, MMAP_MAX)
         libc.mallopt(-3, size)  # M_MMAP_THRESHOLD
         libc.mallopt(-1, 2 * size)  # M_TRIM_THRESHOLD
 
@@ -206,7 +216,9 @@ def resident_kb(field: str) -> int:
     raise OSError(field)
 
 
-def with_peak(call: Callable[[], Tensor], device: str) -> tuple[Tensor, float | None]:
+def with_peak(
+    call: Callable[[], Tensor], device: str, allocator: str
+) -> tuple[Tensor, float | None]:
     """The call's result, and the MB that it needed at its peak beside what was there before."""
     if device == "cuda":
         torch.cuda.synchronize()
@@ -225,7 +237,7 @@ def with_peak(call: Callable[[], Tensor], device: str) -> tuple[Tensor, float | 
     except (OSError, AttributeError):  # not Linux
         return call(), None
     finally:
-        mmap_above(TIMED_MMAP)
+        timed_allocator(allocator)
 
 
 # ---- time ----
@@ -399,8 +411,9 @@ class Bench:
                 if layer.module is not None:
                     layer.module.train(cell.backward)
                 want = want or expected(shared, batch, cell, raw, cell.backward)
-                y, peak = with_peak(lambda: run(layer, batch, cell.backward), self.options.device)  # noqa: B023
-                if name != "dense":
+                once = functools.partial(run, layer, batch, cell.backward)
+                y, peak = with_peak(once, self.options.device, self.options.allocator)
+                if not name.startswith("dense"):
                     rows[name]["difference"] = check(layer, batch, cell, want, y)
                     rows[name]["weights"] = "raw" if raw else "renormalised"
                 rows[name]["peak_mb"] = peak
@@ -454,7 +467,7 @@ class Bench:
 
 def warm_up(options: argparse.Namespace) -> None:
     """Imports and first-call costs, outside of every measurement."""
-    mmap_above(TIMED_MMAP)
+    timed_allocator(options.allocator)
     for dtype in options.dtype:
         shared = peers.shared_weights(8, 64, 64, DTYPES[dtype], options.device, 0)
         batch = batch_of(Cell(64, 8, 2, "uniform", dtype, True, 1), 64, 0, options.device)
@@ -522,6 +535,8 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--cell-seconds", type=float, default=20.0, help="time budget of a cell")
     add("--sample-ms", type=float, default=20.0, help="shorter passes are repeated in a sample")
     add("--memory-gb", type=float, default=4.0, help="padded implementations may need this much")
+    kinds = ("keep", "default")
+    add("--allocator", choices=kinds, default="keep", help="see growmoe.training.memory")
     add("--device", choices=("cpu", "cuda"), default="cpu")
     add("--seed", type=int, default=0)
     add("--out", type=Path, default=None, help="JSON, written after every cell")

@@ -23,7 +23,9 @@ from torch import Tensor, nn
 
 from growmoe.models.config import ModelConfig, MoEConfig
 from growmoe.models.moe import MoE
-from growmoe.ops import experts as ops
+from growmoe.ops.experts import Activation, ExpertWeights, grouped_experts
+from growmoe.ops.linear import linear
+from growmoe.ops.mapping import MappingTable, inverse, mapping_table
 from growmoe.ops.onehot import onehot_moe
 
 ROUTER_SCALE = 2.0
@@ -112,26 +114,33 @@ def grown(shared: Shared, k: int) -> Layer:
     )  # fmt: skip
 
 
-def by_table(grouped_linear: Callable[..., Tensor], name: str, raw: bool = False) -> Any:
-    """A builder: the mapping table around a grouped product."""
+def by_table(experts: Callable[..., Tensor], name: str, raw: bool = False) -> Any:
+    """A builder: our mapping table around an `experts` function of torch operations."""
 
     def build(shared: Shared, k: int) -> Layer:
         def forward(x_TD: Tensor) -> Tensor:
             experts_TK, weights_TK = routed(x_TD, shared.router, k, raw)
-            order_S, counts_E = ops.mapping_table(experts_TK, shared.sizes[0])
-            rows_SD = ops.routed_rows(x_TD, order_S, k)
-            gate, up = grouped_linear(rows_SD, shared.up, counts_E).chunk(2, dim=-1)
-            y_SD = grouped_linear(F.silu(gate) * up, shared.down, counts_E)
-            return ops.combine(y_SD, order_S, weights_TK)
+            table = mapping_table(experts_TK, shared.sizes[0])
+            weights = ExpertWeights(shared.up, shared.down)
+            return experts(x_TD, table, weights_TK, weights, "swiglu")
 
         return Layer(name, forward, shared.parameters(), shared.gradients, raw=raw)
 
     return build
 
 
-def torch_grouped_linear(x_SD: Tensor, w_EFD: Tensor, counts_E: Tensor) -> Tensor:
-    """torch's own kernel; sizes never leave the device."""
-    return F.grouped_mm(x_SD, w_EFD.transpose(-2, -1), offs=counts_E.cumsum(0).to(torch.int32))
+def looped_experts(
+    x_TD: Tensor, table: MappingTable, weights_TK: Tensor, w: ExpertWeights, activation: Activation
+) -> Tensor:
+    """A loop over experts as anybody would write it with autograd: gather, F.linear, unsort."""
+    T, K = weights_TK.shape
+    groups = x_TD.index_select(0, table.order_S // K).split(table.counts_E.tolist())
+    parts = []
+    for rows, up, down in zip(groups, w.up_ERD.unbind(0), w.down_EDF.unbind(0)):
+        gate, value = F.linear(rows, up).chunk(2, dim=-1)
+        parts.append(F.linear(F.silu(gate) * value, down))
+    y_TKD = torch.cat(parts).index_select(0, inverse(table.order_S)).view(T, K, -1)
+    return torch.einsum("tkd,tk->td", y_TKD, weights_TK.to(y_TKD.dtype))
 
 
 def onehot(shared: Shared, k: int) -> Layer:
@@ -173,14 +182,16 @@ def transformers_mixtral(implementation: str) -> Any:
 class SwiGLU(nn.Module):
     """One expert, or the dense limit: a fused gate and up product, and down."""
 
-    def __init__(self, up: Tensor, down: Tensor) -> None:
+    def __init__(
+        self, up: Tensor, down: Tensor, product: Callable[[Tensor, Tensor], Tensor] = F.linear
+    ) -> None:
         super().__init__()
-        self.up, self.down = nn.Parameter(up), nn.Parameter(down)
+        self.up, self.down, self.product = nn.Parameter(up), nn.Parameter(down), product
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., D] -> [..., D]."""
-        gate, up = F.linear(x, self.up).chunk(2, dim=-1)
-        return F.linear(F.silu(gate) * up, self.down)
+        gate, up = self.product(x, self.up).chunk(2, dim=-1)
+        return self.product(F.silu(gate) * up, self.down)
 
 
 def deepspeed(shared: Shared, k: int) -> Layer:
@@ -263,34 +274,41 @@ def megablocks(shared: Shared, k: int) -> Layer:
     return Layer("megablocks", lambda x: moe(x.unsqueeze(1)).squeeze(1), parameters, gradients, moe)
 
 
-def dense(shared: Shared, k: int) -> Layer:
-    """The limit: one SwiGLU MLP of width k*F, so of equal FLOPs, without a router."""
-    E, D, width = shared.sizes
-    up = shared.up.detach().view(E * 2 * width, D)[: 2 * k * width]
-    down = torch.cat(list(shared.down.detach()[:k]), dim=1)
-    mlp = SwiGLU(up, down)
-    return Layer("dense", mlp, list(mlp.parameters()), dict, mlp)
+def dense_by(product: Callable[[Tensor, Tensor], Tensor], name: str) -> Any:
+    """A builder of the limit: one SwiGLU MLP of width k*F, so of equal FLOPs, without a router."""
+
+    def build(shared: Shared, k: int) -> Layer:
+        E, D, width = shared.sizes
+        up = shared.up.detach().view(E * 2 * width, D)[: 2 * k * width]
+        down = torch.cat(list(shared.down.detach()[:k]), dim=1)
+        mlp = SwiGLU(up, down, product)
+        return Layer(name, mlp, list(mlp.parameters()), dict, mlp)
+
+    return build
 
 
 BUILDERS: dict[str, Callable[[Shared, int], Layer]] = {
     "growmoe": grown,
-    "table": by_table(ops.grouped_linear_reference, "table"),
+    "table": by_table(looped_experts, "table"),
     "onehot": onehot,
     "hf_eager": transformers_mixtral("eager"),
     "hf_grouped_mm": transformers_mixtral("grouped_mm"),
     "deepspeed": deepspeed,
-    "torch_grouped_mm": by_table(torch_grouped_linear, "torch_grouped_mm"),
+    "torch_grouped_mm": by_table(grouped_experts, "torch_grouped_mm"),
     "scattermoe": scattermoe,
     "megablocks": megablocks,
-    "dense": dense,
+    "dense": dense_by(F.linear, "dense"),
+    "dense_onednn": dense_by(linear, "dense_onednn"),
 }
 PEERS = ("hf_eager", "hf_grouped_mm", "deepspeed", "torch_grouped_mm", "scattermoe", "megablocks")
-"""Other people's: what ours is compared with in the summary, beside the limit and the baselines."""
+"""Other people's: what ours is compared with in the summary, beside the limits and the baselines.
+`dense` is the limit as torch computes it, `dense_onednn` by the products that ours uses (they are
+the same in bfloat16)."""
 
 
 def reference(shared: Shared, k: int, raw: bool) -> Layer:
     """What outputs are compared with: the mapping table and a loop over experts."""
-    return by_table(ops.grouped_linear_reference, "reference", raw)(shared, k)
+    return by_table(looped_experts, "reference", raw)(shared, k)
 
 
 def unavailable(name: str, device: str) -> str | None:

@@ -92,7 +92,7 @@ def summary(cells: Cells) -> None:
            against(cells, PEERS, MARGIN), len(cells))  # fmt: skip
     listed(f"T = 4096 and E <= 64 above {LIMIT:.2f} x dense",
            against(many, ["dense"], LIMIT), len(many))  # fmt: skip
-    everyone = [name for name in BUILDERS if name not in ("growmoe", "dense")]
+    everyone = [name for name in BUILDERS if name not in ("growmoe", "dense", "dense_onednn")]
     listed("E = 128 and T <= 256, not the fastest", against(few, everyone, 1.0), len(few))
     listed("Slower than onehot", against(cells, ["onehot"], 1.0), len(cells))
     fewest = min((key[2] for key in cells), default=1)
