@@ -375,7 +375,8 @@ def test_the_report(road: tuple[Path, Path]) -> None:
     assert "&lt;b&gt;这本书" in page  # samples are text, never markup
     assert "<script" not in page
     assert not re.search(r"""(src|href)=["']?https?:""", page)
-    for words in ("Loss against compute", "Expert load", "Lineage", "Transitions", "Stages"):
+    for words in ("Loss against compute", "Expert load", "Lineage", "Transitions", "Stages",
+                  "Routing", "Do the experts diverge?", "Layer by layer"):  # fmt: skip
         assert words in page
 
 
@@ -401,8 +402,8 @@ def test_the_report_in_a_browser(road: tuple[Path, Path], tmp_path: Path) -> Non
             assert not problems
             assert page.evaluate("document.documentElement.scrollWidth") <= width
             figures = page.locator(f"figure .{shown} svg")
-            assert figures.count() == 3
-            assert all(figures.nth(i).is_visible() for i in range(3))
+            assert figures.count() == 7  # two of losses, five of routing
+            assert all(figures.nth(i).is_visible() for i in range(7))
             hidden = {"wide": "narrow", "narrow": "wide"}[shown]
             assert not page.locator(f"figure .{hidden} svg").first.is_visible()
             assert page.locator("table").first.locator("tr").count() == 10

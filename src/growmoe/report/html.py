@@ -11,6 +11,13 @@ from growmoe.errors import UsageError
 from growmoe.files import read_json, write_text
 from growmoe.progress import human_count, human_seconds
 from growmoe.report.figures import Curve, expert_load, loss_against_flops, validation_by_domain
+from growmoe.report.routing import RoutingHistory, routing_history
+from growmoe.report.routing_figures import (
+    credit_ranks,
+    expert_similarity,
+    gradient_norms,
+    routing_panels,
+)
 from growmoe.training.trainer import read_metrics
 
 
@@ -23,8 +30,12 @@ def write_report(folder: Path) -> Path:
         raise UsageError(f"{folder} holds no summary.json, so it is not a run directory")
     rows = read_json(folder / "summary.json")
     results = [read_json(folder / row["name"] / "stage.json")["result"] for row in rows]
-    curves = _curves(folder, results)
-    loads = [result["expert_load"] for result in results if result.get("expert_load")]
+    metrics = {
+        result["name"]: read_metrics(folder / f"{result['name']}.run" / "metrics.jsonl")
+        for result in results
+        if result["stage"] == "train"
+    }
+    curves = _curves(results, metrics)
     page = (
         _environment()
         .get_template("page.html.j2")
@@ -36,7 +47,7 @@ def write_report(folder: Path) -> Path:
             headline=_headline(rows),
             flops=loss_against_flops(curves) if curves else None,
             domains=validation_by_domain(curves) if curves else None,
-            experts=expert_load(loads[-1]) if loads else None,
+            routing=_routing(results, metrics),
             transitions=[r for r in results if r["stage"] in ("grow", "upcycle", "verify")],
             samples=[s for r in results for s in r.get("samples", [])],
             scores=_scores(results),
@@ -59,11 +70,17 @@ def _environment() -> Environment:
         "loss": lambda value: f"{value:.4f}" if value is not None else "–",
         "time": lambda value: human_seconds(value) if value is not None else "–",
         "short": lambda value: f"{value:.2g}" if value is not None else "–",
+        "fixed": lambda value, digits: f"{value:.{digits}f}" if value is not None else "–",
+        "percent": lambda value: f"{value:.1%}" if value is not None else "–",
     }
     return environment
 
 
-def _curves(folder: Path, results: list[dict[str, Any]]) -> list[Curve]:
+Metrics = dict[str, list[dict[str, Any]]]
+"""Records of metrics.jsonl by training stage."""
+
+
+def _curves(results: list[dict[str, Any]], metrics: Metrics) -> list[Curve]:
     """One curve per training stage, on FLOPs and tokens summed over the stages before it."""
     curves = []
     flops = tokens = 0.0
@@ -72,7 +89,7 @@ def _curves(folder: Path, results: list[dict[str, Any]]) -> list[Curve]:
             continue
         per_token = result["flops"] / result["tokens"]
         curve = Curve(result["name"])
-        for record in read_metrics(folder / f"{result['name']}.run" / "metrics.jsonl"):
+        for record in metrics[result["name"]]:
             at = (flops + record["tokens"] * per_token, tokens + record["tokens"])
             if "loss" in record:
                 curve.flops.append(at[0])
@@ -84,6 +101,35 @@ def _curves(folder: Path, results: list[dict[str, Any]]) -> list[Curve]:
             curves.append(curve)
         flops, tokens = flops + result["flops"], tokens + result["tokens"]
     return curves
+
+
+def _routing(results: list[dict[str, Any]], metrics: Metrics) -> list[dict[str, Any]]:
+    """What the template shows of every training stage with experts, the last stage first; only
+    that one has its gradients, load and ranks shown."""
+    histories: list[RoutingHistory] = []
+    for result in results:
+        if result["stage"] != "train":
+            continue
+        history = routing_history(result["name"], metrics[result["name"]])
+        history.load = result.get("expert_load") or history.load
+        if history:
+            histories.insert(0, history)
+    found = []
+    for number, history in enumerate(histories):
+        last = number == 0
+        found.append(
+            {
+                "name": history.name,
+                "panels": routing_panels(history, f"routing{number}"),
+                "similarity": expert_similarity(history, f"alike{number}"),
+                "norms": gradient_norms(history, "norms") if last else None,
+                "load": expert_load(history.load) if last and history.load else None,
+                "ranks": credit_ranks(history.ranks, "ranks") if last else None,
+                "table": history.table(),
+                "averaged": history.averaged,
+            }
+        )
+    return found
 
 
 def _headline(rows: list[dict[str, Any]]) -> list[tuple[str, str]]:
