@@ -10,8 +10,9 @@ exit code 1.
 
 `seconds` is CPU time (all threads together) and `wall_seconds` the clock; on a GPU both come from
 the device. Forward runs without gradients. Samples go round robin over the implementations, to
-and fro, so that a neighbour's load meets all of them. One sample runs for at least 20 ms on the
-same tokens, so at small T the weights of the chosen experts come from the cache where they fit.
+and fro, so that a neighbour's load meets all of them. One sample runs for at least 20 ms. At
+small T every call takes other tokens than the call before, so that the weights of the chosen
+experts come from memory, as they do in a model, and not from the cache.
 Peak memory is what one pass at one thread adds to what was resident before, with gradients.
 
     python benchmarks/moe_layer.py --out runs/moe_layer.json [--resume]
@@ -35,7 +36,7 @@ import subprocess
 import sys
 import time
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -58,6 +59,8 @@ TIMED_MMAP, MEASURED_MMAP = 32 << 20, 128 << 10
 """Bytes from which glibc maps a block: where its default ends up in a long run; and small while
 peak memory is measured, so that it is the memory of live tensors."""
 MMAP_MAX = 65536  # glibc's default: blocks that may be mapped
+ROTATED, ROTATION = 16, 16
+"""Up to which T the tokens change from call to call, and how many sets there are."""
 KEY = ("T", "E", "k", "routing", "dtype", "pass", "threads")
 
 
@@ -127,6 +130,11 @@ def run(layer: Layer, batch: Batch, backward: bool) -> Tensor:
     y = layer.forward(batch.x)
     y.backward(batch.grad)
     return y.detach()
+
+
+def run_next(layer: Layer, turn: Iterator[Batch], backward: bool) -> Tensor:
+    """One pass on other tokens than the one before."""
+    return run(layer, next(turn), backward)
 
 
 def release(layer: Layer, batch: Batch) -> None:
@@ -425,11 +433,14 @@ class Bench:
     ) -> None:
         """One cell; its rows are kept, written and announced."""
         torch.set_num_threads(cell.threads)
+        options, batches = self.options, [batch]
+        if cell.T <= ROTATED:
+            D, seeds = options.hidden, range(options.seed + 1, options.seed + ROTATION)
+            batches += [batch_of(cell, D, seed, options.device) for seed in seeds]
         calls = {
-            name: lambda layer=layer: run(layer, batch, cell.backward)
+            name: functools.partial(run_next, layer, itertools.cycle(batches), cell.backward)
             for name, layer in layers.items()
         }
-        options = self.options
         timings = timed(calls, options)
         for layer in layers.values():
             release(layer, batch)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from growmoe.models.config import ModelConfig
 from growmoe.models.router import Router, Routing
+from growmoe.ops.device import without_autocast
 from growmoe.ops.experts import Activation, ExpertWeights, expert_mlp
 from growmoe.ops.linear import Linear
 from growmoe.ops.mapping import MappingTable
@@ -56,7 +57,7 @@ class Experts(nn.Module):
         biases = [None if b is None else b.to(dtype) for b in (self.up_bias, self.down_bias)]
         weights = ExpertWeights(self.up.to(dtype), self.down.to(dtype), *biases)
         activation: Activation = "swiglu" if self.swiglu else "gelu"
-        with torch.autocast(x_TD.device.type, enabled=False):
+        with without_autocast(x_TD):
             return expert_mlp(x_TD.to(dtype), table, weights_TK, weights, activation)
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from growmoe.models.config import ModelConfig, MoEConfig
-from growmoe.ops.device import on_triton
+from growmoe.ops.device import on_triton, without_autocast
 from growmoe.ops.linear import linear
 from growmoe.ops.mapping import Drop, MappingTable, capacity, mapping_table, with_capacity
 
@@ -83,12 +83,12 @@ class Router(nn.Module):
         return routing, table
 
     def _logits(self, x_TD: Tensor) -> Tensor:
-        with torch.autocast(x_TD.device.type, enabled=False):
-            wide = torch.promote_types(x_TD.dtype, torch.float32)
-            x_TD = x_TD.to(wide)
-            if self.training and self.policy.jitter:
-                low, high = 1.0 - self.policy.jitter, 1.0 + self.policy.jitter
-                x_TD = x_TD * torch.empty_like(x_TD).uniform_(low, high)
+        wide = x_TD.dtype if x_TD.dtype is torch.float64 else torch.float32
+        x_TD = x_TD.to(wide)
+        if self.training and self.policy.jitter:
+            low, high = 1.0 - self.policy.jitter, 1.0 + self.policy.jitter
+            x_TD = x_TD * torch.empty_like(x_TD).uniform_(low, high)
+        with without_autocast(x_TD):
             return linear(x_TD, self.weight.to(wide))
 
     def _choice(self, logits_TE: Tensor) -> tuple[Tensor, Tensor, Tensor, MappingTable]:

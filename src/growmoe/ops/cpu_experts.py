@@ -7,6 +7,7 @@ E full-sized gradients). Kept for backward: the pre-activations [S,R] and the ex
 [T,K,D]. Letters as in `experts`.
 """
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -21,13 +22,18 @@ from growmoe.ops.products import outer, times, times_transposed
 _FEW_ROWS = 16
 """Rows per expert below which the loop over experts costs more than it saves, and torch's grouped
 product, which loops in C++, is used for 16-bit weights (`benchmarks/moe_layer.py`)."""
+_AT_ONCE = 1 << 21
+"""Elements of routed rows that are gathered in one go, before the loop over experts."""
 
 
 def cpu_experts(
     x_TD: Tensor, table: MappingTable, weights_TK: Tensor, w: ExpertWeights, activation: Activation
 ) -> Tensor:
     """See `experts.expert_mlp`."""
-    return _CpuExperts.apply(x_TD, weights_TK, table.order_S, table.counts_E, activation, *w)
+    if torch.is_grad_enabled():
+        return _CpuExperts.apply(x_TD, weights_TK, table.order_S, table.counts_E, activation, *w)
+    y_TKD, _, _ = _forward(x_TD, weights_TK, table.order_S, table.counts_E, w, activation)
+    return _combined(y_TKD, weights_TK)
 
 
 class _CpuExperts(torch.autograd.Function):
@@ -36,60 +42,68 @@ class _CpuExperts(torch.autograd.Function):
         ctx: Any, x_TD: Tensor, weights_TK: Tensor, order_S: Tensor, counts_E: Tensor,
         activation: Activation, *tensors: Tensor | None,
     ) -> Tensor:  # fmt: skip
-        T, K = weights_TK.shape
-        w = ExpertWeights(*tensors)  # type: ignore[arg-type]
-        x_TD = x_TD.contiguous()
-        counts = counts_E.tolist()
-        kept = sum(counts)
-        tokens_S = (order_S // K if K > 1 else order_S)[:kept]
-        # dropped rows read a row of zeros behind the kept ones
-        y_SD = x_TD.new_empty(kept + (kept < T * K), x_TD.shape[1])
-        grouped = _grouped_is_faster(x_TD, w, counts)
-        if grouped:
-            h = [_forward_grouped(x_TD, tokens_S, counts_E, w, activation, y_SD[:kept])]
-        else:
-            h = _forward_looped(x_TD, tokens_S, counts, w, activation, y_SD)
-        back_S = inverse(order_S)
-        if kept < T * K:
-            y_SD[kept] = 0.0
-            back_S.clamp_(max=kept)
-        y_TKD = y_SD.index_select(0, back_S).view(T, K, x_TD.shape[1])
-        ctx.save_for_backward(
-            x_TD, weights_TK, order_S, tokens_S, back_S, y_TKD, counts_E, *tensors, *h
-        )
-        ctx.counts, ctx.grouped, ctx.activation = counts, grouped, activation
-        if K == 1:
-            return y_TKD[:, 0] * weights_TK.to(y_TKD.dtype)
-        return torch.bmm(weights_TK.to(y_TKD.dtype).unsqueeze(1), y_TKD).squeeze(1)
+        y_TKD, saved, grouped = _forward(
+            x_TD.contiguous(), weights_TK, order_S, counts_E, ExpertWeights(*tensors), activation  # type: ignore[arg-type]
+        )  # fmt: skip
+        ctx.save_for_backward(weights_TK, order_S, counts_E, y_TKD, *saved, *tensors)
+        ctx.kept, ctx.grouped, ctx.activation = len(saved), grouped, activation
+        return _combined(y_TKD, weights_TK)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy_TD: Tensor) -> tuple[Tensor | None, ...]:
-        x_TD, weights_TK, order_S, tokens_S, back_S, y_TKD, counts_E, *rest = ctx.saved_tensors
-        w, h = ExpertWeights(*rest[:4]), rest[4:]
+        weights_TK, order_S, counts_E, y_TKD, *rest = ctx.saved_tensors
+        (x_TD, tokens_S, back_S, *h), w = rest[: ctx.kept], ExpertWeights(*rest[ctx.kept :])
         T, K = weights_TK.shape
-        dy_TD, kept = dy_TD.contiguous(), len(tokens_S)
+        dy_TD, kept, D = dy_TD.contiguous(), len(tokens_S), x_TD.shape[1]
         dweights_TK = (y_TKD * dy_TD[:, None]).sum(-1, dtype=weights_TK.dtype)
         del y_TKD
         share_S1 = weights_TK.reshape(-1)[order_S[:kept], None].to(x_TD.dtype)
-        dx_SD = x_TD.new_empty(kept + (kept < T * K), x_TD.shape[1])
+        dx_SD = x_TD.new_empty(kept + (kept < T * K), D)
+        rows = _Rows(x_TD, dy_TD, tokens_S, share_S1, dx_SD[:kept])
         run = _backward_grouped if ctx.grouped else _backward_looped
-        grads = run(
-            _Rows(x_TD, dy_TD, tokens_S, share_S1, dx_SD), h, w,
-            counts_E if ctx.grouped else ctx.counts, ctx.activation,
-        )  # fmt: skip
-        dx_TD = None
-        if ctx.needs_input_grad[0]:
-            if kept < T * K:
-                dx_SD[kept] = 0.0
-            dx_TD = dx_SD.index_select(0, back_S)
-            if K > 1:
-                dx_TD = dx_TD.view(T, K, x_TD.shape[1]).sum(1)
+        grads = run(rows, h, w, counts_E, ctx.activation)
+        if kept < T * K:
+            dx_SD[kept] = 0.0
+        dx_TD = dx_SD.index_select(0, back_S)
+        if K > 1:
+            dx_TD = dx_TD.view(T, K, D).sum(1)
         return dx_TD, dweights_TK, None, None, None, *grads
 
 
+def _forward(
+    x_TD: Tensor, weights_TK: Tensor, order_S: Tensor, counts_E: Tensor, w: ExpertWeights,
+    activation: Activation,
+) -> tuple[Tensor, list[Tensor], bool]:  # fmt: skip
+    """(expert outputs y_TKD, what backward needs, whether the grouped product was used)."""
+    T, K = weights_TK.shape
+    counts, D = counts_E.tolist(), x_TD.shape[1]
+    kept = sum(counts)
+    tokens_S = (order_S // K if K > 1 else order_S)[:kept]
+    # dropped rows read a row of zeros behind the kept ones
+    y_SD = x_TD.new_empty(kept + (kept < T * K), D)
+    grouped = _grouped_is_faster(x_TD, w, counts)
+    if grouped:
+        h = [_forward_grouped(x_TD, tokens_S, counts_E, w, activation, y_SD[:kept])]
+    else:
+        h = _forward_looped(x_TD, tokens_S, counts, w, activation, y_SD[:kept])
+    back_S = inverse(order_S)
+    if kept < T * K:
+        y_SD[kept] = 0.0
+        back_S.clamp_(max=kept)
+    y_TKD = y_SD.index_select(0, back_S).view(T, K, D)
+    return y_TKD, [x_TD, tokens_S, back_S, *h], grouped
+
+
+def _combined(y_TKD: Tensor, weights_TK: Tensor) -> Tensor:
+    """y_TD: every token's outputs, weighted and added up."""
+    if weights_TK.shape[1] == 1:
+        return y_TKD[:, 0] * weights_TK.to(y_TKD.dtype)
+    return torch.bmm(weights_TK.to(y_TKD.dtype).unsqueeze(1), y_TKD).squeeze(1)
+
+
 class _Rows:
-    """What an expert's rows read (inputs, output gradients) and write (input gradients)."""
+    """What the experts' rows read (inputs, output gradients) and write (input gradients)."""
 
     def __init__(
         self, x_TD: Tensor, dy_TD: Tensor, tokens_S: Tensor, share_S1: Tensor, dx_SD: Tensor
@@ -97,13 +111,33 @@ class _Rows:
         self.x_TD, self.dy_TD, self.tokens_S = x_TD, dy_TD, tokens_S
         self.share_S1, self.dx_SD = share_S1, dx_SD
 
-    def inputs(self, rows: slice) -> Tensor:
-        """x of these rows."""
-        return self.x_TD.index_select(0, self.tokens_S[rows])
+    def gradients(self) -> Tensor:
+        """Gradients of what the experts gave, weights included."""
+        return self.dy_TD.index_select(0, self.tokens_S).mul_(self.share_S1)
 
-    def gradients(self, rows: slice) -> Tensor:
-        """Gradient of what the experts gave for these rows, weights included."""
-        return self.dy_TD.index_select(0, self.tokens_S[rows]).mul_(self.share_S1[rows])
+    def gradients_by(self, counts: list[int]) -> Iterable[Tensor]:
+        """The same for one expert after the other."""
+        if _small(self.dy_TD, self.tokens_S):
+            return self.gradients().split(counts)
+        parts = zip(self.tokens_S.split(counts), self.share_S1.split(counts))
+        return (self.dy_TD.index_select(0, tokens).mul_(share) for tokens, share in parts)
+
+
+def _rows_by(x_TD: Tensor, tokens_S: Tensor, counts: list[int]) -> Iterable[Tensor]:
+    """The rows of one expert after the other, gathered at once where they are few."""
+    if _small(x_TD, tokens_S):
+        return x_TD.index_select(0, tokens_S).split(counts)
+    return (x_TD.index_select(0, tokens) for tokens in tokens_S.split(counts))
+
+
+def _small(x_TD: Tensor, tokens_S: Tensor) -> bool:
+    return len(tokens_S) * x_TD.shape[1] <= _AT_ONCE
+
+
+def _active(counts: list[int]) -> tuple[list[int], list[int]]:
+    """The experts that have rows, and how many each."""
+    experts = [expert for expert, count in enumerate(counts) if count]
+    return experts, [counts[expert] for expert in experts]
 
 
 def _grouped_is_faster(x_TD: Tensor, w: ExpertWeights, counts: list[int]) -> bool:
@@ -119,18 +153,13 @@ def _forward_looped(
     y_SD: Tensor,
 ) -> list[Tensor]:  # fmt: skip
     """Writes y_SD; returns the pre-activations of every expert that has rows."""
-    kept, start = [], 0
-    for expert, count in enumerate(counts):
-        if not count:
-            continue
-        rows = slice(start, start := start + count)
-        h_SR = times_transposed(
-            x_TD.index_select(0, tokens_S[rows]), w.up_ERD[expert], _of(w.up_bias_ER, expert)
-        )
-        times_transposed(
-            _activate(h_SR, activation), w.down_EDF[expert], _of(w.down_bias_ED, expert),
-            out_SF=y_SD[rows],
-        )  # fmt: skip
+    kept = []
+    active, sizes = _active(counts)
+    rows = zip(active, _rows_by(x_TD, tokens_S, sizes), y_SD.split(sizes))
+    for expert, x_SD, out_SD in rows:
+        h_SR = times_transposed(x_SD, w.up_ERD[expert], _of(w.up_bias_ER, expert))
+        a_SF = _activate(h_SR, activation)
+        times_transposed(a_SF, w.down_EDF[expert], _of(w.down_bias_ED, expert), out_SF=out_SD)
         kept.append(h_SR)
     return kept
 
@@ -149,27 +178,25 @@ def _forward_grouped(
 
 
 def _backward_looped(
-    rows: _Rows, kept: list[Tensor], w: ExpertWeights, counts: list[int], activation: Activation
+    rows: _Rows, kept: list[Tensor], w: ExpertWeights, counts_E: Tensor, activation: Activation
 ) -> tuple[Tensor | None, ...]:
     """Writes rows.dx_SD; returns the gradients of the experts' tensors."""
-    grads = [None if tensor is None else torch.empty_like(tensor) for tensor in w]
+    active, sizes = _active(counts_E.tolist())
+    # an expert without rows gets zeros: all at once, or where it stands
+    empty = torch.empty_like if len(active) == len(counts_E) else torch.zeros_like
+    grads = [None if tensor is None else empty(tensor) for tensor in w]
     dup_ERD, ddown_EDF, dup_bias_ER, ddown_bias_ED = grads
     assert dup_ERD is not None
     assert ddown_EDF is not None
-    pre, start = iter(kept), 0
-    for expert, count in enumerate(counts):
-        if not count:
-            for grad in grads:
-                if grad is not None:
-                    grad[expert].zero_()
-            continue
-        part = slice(start, start := start + count)
-        dy_SD = rows.gradients(part)
+    inputs, outputs = _rows_by(rows.x_TD, rows.tokens_S, sizes), rows.gradients_by(sizes)
+    for expert, h_SR, x_SD, dy_SD, dx_SD in zip(
+        active, kept, inputs, outputs, rows.dx_SD.split(sizes)
+    ):
         da_SF = times(dy_SD, w.down_EDF[expert])
-        a_SF, dh_SR = _activate_backward(next(pre), da_SF, activation)
+        a_SF, dh_SR = _activate_backward(h_SR, da_SF, activation)
         outer(dy_SD, a_SF, ddown_EDF[expert])
-        times(dh_SR, w.up_ERD[expert], out_SD=rows.dx_SD[part])
-        outer(dh_SR, rows.inputs(part), dup_ERD[expert])
+        times(dh_SR, w.up_ERD[expert], out_SD=dx_SD)
+        outer(dh_SR, x_SD, dup_ERD[expert])
         if dup_bias_ER is not None:
             torch.sum(dh_SR, 0, out=dup_bias_ER[expert])
         if ddown_bias_ED is not None:
@@ -181,12 +208,13 @@ def _backward_grouped(
     rows: _Rows, kept: list[Tensor], w: ExpertWeights, counts_E: Tensor, activation: Activation
 ) -> tuple[Tensor | None, ...]:
     offsets_E = counts_E.cumsum(0).to(torch.int32)
-    dy_SD = rows.gradients(slice(None))
+    dy_SD = rows.gradients()
     da_SF = F.grouped_mm(dy_SD, w.down_EDF, offs=offsets_E)
     a_SF, dh_SR = _activate_backward(kept[0], da_SF, activation)
     ddown_EDF = F.grouped_mm(dy_SD.t(), a_SF, offs=offsets_E)
-    rows.dx_SD[: len(dy_SD)] = F.grouped_mm(dh_SR, w.up_ERD, offs=offsets_E)
-    dup_ERD = F.grouped_mm(dh_SR.t(), rows.inputs(slice(None)), offs=offsets_E)
+    rows.dx_SD.copy_(F.grouped_mm(dh_SR, w.up_ERD, offs=offsets_E))
+    x_SD = rows.x_TD.index_select(0, rows.tokens_S)
+    dup_ERD = F.grouped_mm(dh_SR.t(), x_SD, offs=offsets_E)
     return dup_ERD, ddown_EDF, None, None
 
 

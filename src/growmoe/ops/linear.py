@@ -10,6 +10,9 @@ from torch.autograd.function import once_differentiable
 from growmoe.ops.device import plain_cpu
 from growmoe.ops.products import onednn, outer, times, times_transposed
 
+_WORTH_IT = 1 << 18
+"""Multiply-adds below which the call costs more than the product."""
+
 
 class Linear(nn.Linear):
     """nn.Linear with `linear` inside."""
@@ -23,7 +26,8 @@ def linear(x: Tensor, w_FD: Tensor, bias_F: Tensor | None = None) -> Tensor:
     """x @ w_FD^T + bias, as F.linear: [..., D] -> [..., F]. Differentiable once where it is not
     F.linear itself (float32 on a CPU, outside autocast)."""
     fast = x.dtype is w_FD.dtype is torch.float32 and plain_cpu(x) and plain_cpu(w_FD)
-    if not fast or not x.numel() or torch.is_autocast_enabled("cpu") or not onednn():
+    large = x.numel() * len(w_FD) >= _WORTH_IT
+    if not fast or not large or torch.is_autocast_enabled("cpu") or not onednn():
         return F.linear(x, w_FD, bias_F)
     x_SD = x.reshape(-1, x.shape[-1])
     if torch.is_grad_enabled():
