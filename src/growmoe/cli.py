@@ -293,7 +293,16 @@ def upcycle(
         str | None, typer.Option(help="normal, zero or virtual_group; default by granularity.")
     ] = None,
     router_std: Annotated[float | None, typer.Option(help="Deviation of the new router.")] = None,
-    layers: Annotated[str, typer.Option(help="all, second, or a list like 3,5,7.")] = "all",
+    layers: Annotated[
+        str, typer.Option(help="all, second, first_half, second_half, or a list like 3,5,7.")
+    ] = "all",
+    pyramid: Annotated[
+        int, typer.Option(help="Twice the experts in this many of the last MoE layers.")
+    ] = 0,
+    groups: Annotated[int, typer.Option(help="Groups that experts stand in.")] = 1,
+    top_groups: Annotated[
+        int | None, typer.Option(help="Groups that a token may visit; needs --groups.")
+    ] = None,
     expert_init: Annotated[str, typer.Option(help="copy, noise, drop or permute.")] = "copy",
     noise: Annotated[
         float | None, typer.Option(help="expert-init noise: relative to each matrix.")

@@ -82,6 +82,8 @@ def _routed(c: ModelConfig, moe: MoEConfig) -> str:
         return "experts have no biases there"
     if moe.scoring != "softmax":
         return f"its routers take a softmax there, not a {moe.scoring}"
+    if moe.selection_bias or moe.groups > 1:
+        return "its routers have no selection bias and no groups there"
     sums_to_one = moe.top_k == experts  # renormalising all of a softmax changes nothing
     if moe.mix == "none":
         if not moe.renormalize and not sums_to_one:

@@ -95,6 +95,8 @@ def _portable_steps(config: ModelConfig) -> list[Step]:
             )
         if moe.scoring != "softmax":
             raise UsageError("copied experts are exact under a softmax router only")
+        if moe.selection_bias or moe.groups > 1:
+            raise UsageError("copied experts are not chosen alike by a selection bias or in groups")
         steps.append("duplicate")
     return steps
 

@@ -71,7 +71,7 @@ def expert_mlp_reference(
     ):
         h = activate(F.linear(x_TD[rows // K], up, up_bias), activation)
         y_SD = y_SD.index_copy(0, rows, F.linear(h, down, down_bias))
-    return torch.einsum("tkd,tk->td", y_SD.view(T, K, -1), weights_TK.to(y_SD.dtype))
+    return torch.einsum("tkd,tk->td", y_SD.view(T, K, x_TD.shape[1]), weights_TK.to(y_SD.dtype))
 
 
 def grouped_experts(
@@ -85,7 +85,7 @@ def grouped_experts(
     x_SD = torch.where(kept_S1, x_TD.index_select(0, order_S // K), 0.0)
     h_SF = activate(_grouped(x_SD, w.up_ERD, w.up_bias_ER, counts_E), activation)
     y_SD = torch.where(kept_S1, _grouped(h_SF, w.down_EDF, w.down_bias_ED, counts_E), 0.0)
-    y_TKD = y_SD.index_select(0, inverse(order_S)).view(T, K, -1)
+    y_TKD = y_SD.index_select(0, inverse(order_S)).view(T, K, x_TD.shape[1])
     return torch.einsum("tkd,tk->td", y_TKD, weights_TK.to(y_TKD.dtype))
 
 

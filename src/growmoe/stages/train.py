@@ -1,11 +1,12 @@
 """train: a new model from a corpus, or an existing one further."""
 
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from growmoe.artifacts import fitting_corpus, history, lineage_of, sizes
 from growmoe.data.corpus import Corpus
@@ -136,7 +137,7 @@ def start_of(spec: TrainStage, model: Transformer) -> Start:
         )
     config = open_source(base).config
     inherited = carried(known(config), steps)
-    if tensor_shapes(inherited.config) != tensor_shapes(model.config):
+    if _trained_shapes(inherited.config) != _trained_shapes(model.config):
         raise UsageError(
             f"{base} has changed: {spec.model} was not grown from a model of its shape"
         )
@@ -151,10 +152,20 @@ def start_of(spec: TrainStage, model: Transformer) -> Start:
     return Start(state, new, {name: mask for name, mask in blank.items() if name in state})
 
 
+def _trained_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """All but the selection biases: those are no parameters of the optimizer, and may be new."""
+    shapes = tensor_shapes(config)
+    return {name: s for name, s in shapes.items() if not name.endswith(".router.bias")}
+
+
+def _trained(model: Transformer) -> Iterator[tuple[str, nn.Parameter]]:
+    return ((name, p) for name, p in model.named_parameters() if p.requires_grad)
+
+
 def _zeros(model: Transformer, source: Source) -> dict[str, Tensor]:
     """Masks of the parameters of `model` that have elements where `source` is not 1."""
     masks = {}
-    for name, parameter in model.named_parameters():
+    for name, parameter in _trained(model):
         mask = torch.zeros(parameter.shape, dtype=torch.bool)
         views = named_views([(name, mask)], model.config)
         load_into(dict(views), lambda view: source.load(view) < 1)
@@ -188,7 +199,7 @@ def _moments(
         "step": carried(Inherited(config, count), steps, copies=copies),
     }
     state: dict[str, dict[str, Tensor]] = {}
-    for name, parameter in model.named_parameters():
+    for name, parameter in _trained(model):
         found = {}
         for kind, source in sources.items():
             found[kind] = torch.zeros_like(parameter, requires_grad=False)

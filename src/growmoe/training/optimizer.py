@@ -13,6 +13,8 @@ def make_optimizer(model: nn.Module, spec: OptimizerModel) -> torch.optim.AdamW:
     decayed: list[nn.Parameter] = []
     free: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:  # a selection bias: balancing moves it, not the loss
+            continue
         plain = parameter.dim() < 2 or name.endswith(("bias", "router.weight"))
         (free if plain else decayed).append(parameter)
     groups = [

@@ -119,7 +119,7 @@ def save_moments(
     `NAME/exp_avg_sq` and `NAME/step` with the names of the weights (experts one by one)."""
     views: dict[str, torch.Tensor] = {}
     for name, parameter in model.named_parameters():
-        state = optimizer.state[parameter]
+        state = optimizer.state.get(parameter)
         if not state:  # no gradient ever reached it
             continue
         for key in ("exp_avg", "exp_avg_sq"):

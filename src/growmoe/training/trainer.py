@@ -95,6 +95,7 @@ class Trainer:
         self.run_dir.mkdir(parents=True, exist_ok=True)
         position = self._resume()
         if position.step == 0:
+            torch.manual_seed(spec.seed)  # jitter; a checkpoint holds the state that follows
             self._log(self._validation(position), truncate=True)
         records = self._records()
         if not records or records[0]["step"] != 0:
