@@ -22,6 +22,10 @@ from growmoe.training.balancing import Reduce, alone
 BETA = 0.99
 """Memory of the credit where no ranking is configured (it is reported all the same)."""
 
+RELEASE = 1.1
+"""A brake loosens by this factor per step without overload: seven such steps undo one halving.
+Without it, the chance overloads of small batches would end all shifts before long."""
+
 
 @dataclass
 class Credit:
@@ -78,12 +82,12 @@ class ExpertRanking:
             mean_E = gain_E / (weight_E + 1e-12)
             known_E = rows_E >= fewest
             if int(known_E.sum()) > 1:
-                known = mean_E[known_E]
-                z = (known - known.mean()) / (known.std(unbiased=False) + 1e-12)
+                z = standardised(mean_E[known_E])
                 credit.value_E[known_E] = beta * credit.value_E[known_E] + (1 - beta) * z
-            limit = spec.max_load * float(counts_E.double().mean()) if spec else 0.0
-            if self._acting and float(counts_E.max()) > limit:
-                credit.brake *= 0.5
+            if spec and self._acting:
+                limit = spec.max_load * float(counts_E.double().mean())
+                credit.brake *= 0.5 if float(counts_E.max()) > limit else RELEASE
+                credit.brake.clamp_(max=1.0)
         self._sums = []
 
     def shift(self, routers: list[Router], step: int) -> float:
@@ -136,6 +140,11 @@ def first_order_credit(routing: Routing) -> Tensor:
     parts_3S = torch.stack([-w_TK * grad_TK, w_TK * kept_TK, kept_TK]).double().flatten(1)
     sums_3E = torch.zeros(3, E, dtype=torch.float64, device=w_TK.device)
     return sums_3E.index_add_(1, routing.experts_TK.reshape(-1), parts_3S)
+
+
+def standardised(values_E: Tensor) -> Tensor:
+    """Distances from the mean in standard deviations; zeros where all are equal."""
+    return (values_E - values_E.mean()) / (values_E.std(unbiased=False) + 1e-12)
 
 
 def ranks(credit_E: Tensor) -> Tensor:
