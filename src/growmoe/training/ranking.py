@@ -156,4 +156,4 @@ def ranks(credit_E: Tensor) -> Tensor:
 
 def phi(rank_E: Tensor) -> Tensor:
     """Ranks as numbers from -1 (last) to 1 (first): bounded, whatever the scale of the loss."""
-    return 2.0 * (rank_E - 1.0) / max(1, len(rank_E) - 1) - 1.0
+    return 2.0 * (rank_E - 1.0) / max(1, len(rank_E) - 1) - float(len(rank_E) > 1)
