@@ -13,11 +13,13 @@ from growmoe.planning.derived import describe
 
 CAVEAT = (
     "A first-order measure of present use: what the loss would be without an expert's part in each "
-    "token, all else equal. It does not say what an expert could learn."
+    "token, all else equal. It does not say what an expert could learn, and it nears zero for all "
+    "as training converges, which has then scaled every expert's output as the loss wants it."
 )
 _ALL_SHOWN = 16
 """Layers with more experts show the extremes only."""
 _EXTREMES = 4
+_NAMED = 8
 
 
 @dataclass(frozen=True)
@@ -108,7 +110,7 @@ def suggestions(config: ModelConfig, layers: list[dict[str, Any]]) -> dict[str, 
     Pruned first: of the experts that take less than an even share of the choices or remove less
     than nothing, those of lowest rank; at most a quarter of a layer, and never so many that fewer
     than top_k remain. More experts: to layers whose experts remove more loss than those of the
-    mean layer and are used at least as evenly as those of the median one.
+    mean layer, if they are used: the load's entropy is not below nine tenths of the mean layer's.
     """
     assert config.moe is not None
     prune = {}
@@ -123,7 +125,7 @@ def suggestions(config: ModelConfig, layers: list[dict[str, Any]]) -> dict[str, 
     more = []
     if len(layers) > 1:
         enough = mean(record["removes_total"] for record in layers)
-        even = median(record["load_entropy"] for record in layers)
+        even = 0.9 * mean(record["load_entropy"] for record in layers)
         more = [
             record["layer"] for record in layers
             if record["removes_total"] > enough and record["load_entropy"] >= even
@@ -145,7 +147,9 @@ def expert_lines(use: dict[str, Any]) -> Iterator[str]:
     if "layers" not in use:
         yield f"experts: {use['measured_on']}"
         return
-    yield f"experts, measured on {use['measured_on']} ({use['tokens']} tokens)"
+    origin = use["measured_on"]
+    how = "as training left them" if origin == "training" else f"measured on {origin}"
+    yield f"experts, {how} ({use['tokens']} tokens)"
     for record in use["layers"]:
         yield ""
         yield (
@@ -155,7 +159,8 @@ def expert_lines(use: dict[str, Any]) -> Iterator[str]:
         )
         yield from _layer_lines(record)
         first = use["suggestions"]["prune_first"][str(record["layer"])]
-        yield f"  to prune first: {', '.join(map(str, first)) if first else 'none'}"
+        more = f" and {len(first) - _NAMED} more" if len(first) > _NAMED else ""
+        yield f"  to prune first: {', '.join(map(str, first[:_NAMED])) or 'none'}{more}"
     advice = use["suggestions"]
     yield ""
     yield "layers by what their experts remove: " + ", ".join(map(str, advice["layers_by_use"]))
