@@ -152,6 +152,7 @@ def test_credit_is_the_slope_of_the_loss_and_predicts_removal() -> None:
     removals: list[Tensor] = []
     credits: list[Tensor] = []
     for seed in range(3):
+        model.zero_grad()
         ids = sequences(1, 900 + seed)
         output = model(ids[:, :-1])
         watch(output.routing)
@@ -168,6 +169,10 @@ def test_credit_is_the_slope_of_the_loss_and_predicts_removal() -> None:
                 mine = routing.experts_TK == e
                 assert float(sums_3E[0, e]) == pytest.approx(float(a_TK[mine].sum()), abs=1e-12)
                 assert float(sums_3E[2, e]) == int(mine.sum())
+            # scaling an expert's output is what its down projection can do by itself
+            down = model.layers[routers(model).index(router)].moe.experts.down
+            scaling_E = -(down.grad * down).sum((1, 2)).detach()
+            assert torch.allclose(sums_3E[0], scaling_E, rtol=1e-9, atol=1e-12)
     a, slope, removal = (torch.stack(x) for x in (credits, slopes, removals))
     assert float((a - slope).abs().max()) < 1e-3 * float(a.abs().max())
     large = a.abs() > 1e-2 * a.abs().max()
