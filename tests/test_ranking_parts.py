@@ -13,6 +13,7 @@ from growmoe.models.router import Routing, RoutingPolicy, routers, set_policy
 from growmoe.recipe import RankingModel
 from growmoe.training.losses import cross_entropy
 from growmoe.training.ranking import ExpertRanking, first_order_credit, phi, ranks, watch
+from growmoe.training.routing import RoutingControl
 from growmoe.training.trainer import Trainer, read_metrics
 from test_ranking import EARLY, E, drive, fresh, sequences, spec
 
@@ -121,6 +122,12 @@ def test_experts_with_few_rows_keep_their_credit() -> None:
     assert ranking.layers[0].value_E.tolist() == pytest.approx([3.0, 2.5, 7.0, 8.0])
 
 
+def test_every_step_counts_its_own_choices() -> None:
+    control, _ = drive(fresh(), spec(tokens=3 * 80))
+    assert [int(counts_E.sum()) for counts_E in control.counts.layers] == [160, 160]
+    assert not control.ranking._sums
+
+
 # ---- the brake ----
 
 
@@ -224,6 +231,19 @@ def credit_of(model: Any, ids: torch.Tensor) -> list[torch.Tensor]:
     found = [first_order_credit(routing) for routing in output.routing]
     assert all(routing.weights_TK.grad is None for routing in output.routing)  # used up
     return found
+
+
+def test_what_training_leaves_is_in_nats_per_token() -> None:
+    """Whatever the memory of the running means, and however few steps they saw."""
+    model = fresh().train()
+    sums = credit_of(model, sequences(4, 0))
+    assert RoutingControl(model, spec()).use() == []
+    control, _ = drive(fresh().train(), spec(tokens=80))
+    for number, (record, sums_3E) in enumerate(zip(control.use(), sums, strict=True)):
+        assert record["layer"] == number
+        assert record["removes"] == pytest.approx(sums_3E[0].tolist(), rel=1e-4)
+        assert record["weight"] == pytest.approx((sums_3E[1] / sums_3E[2]).tolist(), rel=1e-5)
+        assert record["load"] == pytest.approx((sums_3E[2] / 160).tolist())
 
 
 @pytest.mark.parametrize("drop", ["position", "probability"])

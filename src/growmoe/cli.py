@@ -474,33 +474,20 @@ def inspect(
     path: Annotated[str, typer.Argument(help="Model, corpus or run directory, or .gguf file.")],
     tensors: Annotated[bool, typer.Option("--tensors", help="List every tensor.")] = False,
     experts: Annotated[
-        bool,
-        typer.Option(
-            "--experts",
-            help="Load, credit and rank of every expert, and which to prune or to add to: as "
-            "training left them, or measured on --data or --text.",
-        ),
+        bool, typer.Option("--experts", help="What experts do: as trained, or on --data or --text.")
     ] = False,
-    data: Annotated[
-        str | None, typer.Option(help="--experts: corpus whose validation split to measure on.")
-    ] = None,
+    data: Annotated[str | None, typer.Option(help="--experts: corpus to measure on.")] = None,
     text: Annotated[str | None, typer.Option(help="--experts: text file to measure on.")] = None,
     json_only: Json = False,
     dry_run: DryRun = False,
 ) -> None:
-    """What is in a directory: shape, parameters, lineage, tensors, the use of its experts; or a
-    corpus's counts."""
-    from growmoe.stages.inspect import ExpertsAsked, expert_lines
+    """What is in a directory: shape, parameters, lineage, tensors, load and credit of experts with
+    what to prune first; or a corpus's counts."""
+    from growmoe.stages.inspect import asked_experts, expert_lines
     from growmoe.stages.inspect import run as inspect_stage
 
-    if (data or text) and not experts:
-        raise UsageError(f"{'--data' if data else '--text'} is for --experts")
-    if data and text:
-        raise UsageError("give --data or --text, not both")
-    for given in (data, text):
-        _existing(given or path)
-    asked = ExpertsAsked(data, text) if experts else None
-    if data or text:
+    asked = asked_experts(experts, data, text)
+    if (data or text) and not dry_run:
         _threads()
     result = inspect_stage(Path(_existing(path)), tensors, asked, dry_run)
     use = result.get("expert_use")

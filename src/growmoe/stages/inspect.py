@@ -37,6 +37,18 @@ class ExpertsAsked:
         return self.text or "training"
 
 
+def asked_experts(experts: bool, data: str | None, text: str | None) -> ExpertsAsked | None:
+    """What the options ask for; raises UsageError where they contradict each other."""
+    for name, given in (("data", data), ("text", text)):
+        if given is not None and not experts:
+            raise UsageError(f"--{name} is for --experts")
+        if given is not None and not Path(given).exists():
+            raise UsageError(f"{given} does not exist")
+    if data is not None and text is not None:
+        raise UsageError("give --data or --text, not both")
+    return ExpertsAsked(data, text) if experts else None
+
+
 def run(
     path: Path, tensors: bool, experts: ExpertsAsked | None = None, dry_run: bool = False
 ) -> dict[str, Any]:
