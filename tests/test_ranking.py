@@ -79,11 +79,11 @@ def learned(steps: int, **changes: Any) -> Transformer:
 def drive(
     model: Transformer, stage: TrainStage, reduce: Callable[[Tensor], Tensor] | None = None,
     part: slice = slice(None), mean: Callable[[Tensor], Tensor] = lambda x: x,
-    rate: float = 0.5, count: int = 4,
+    rate: float = 0.5, count: int = 4, balance: float = 0.1,
 ) -> tuple[RoutingControl, list[dict[str, Any]]]:  # fmt: skip
     """Steps of plain gradient descent with a control, on `part` of every batch of `count`."""
     control = RoutingControl(model, stage, *([reduce] if reduce else []))
-    weights = LossWeights(balance=0.1, scope="global", z={})
+    weights = LossWeights(balance=balance, scope="global", z={})
     records = []
     for step in range(stage.steps):
         ids = sequences(count, step)[part]

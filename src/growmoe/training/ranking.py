@@ -1,12 +1,13 @@
 """Which experts lower the loss: credit, ranking, and routing by it (opt-in). Our own definition.
 
 To first order, removing expert e from token t changes the loss by a_te = -w_te * dL/dw_te, with w
-the combine weight: no forward pass more, only the gradient that reaches the weight. Per step and
-layer A_e = sum_t a_te / sum_t w_te, standardised over the experts, is added to a running credit;
-the rank of the credit is reported. With loss-ranked routing the selection score of an expert is
-shifted by eta * phi_e, phi_e = 2 (r_e - 1) / (E - 1) - 1 in [-1, 1] by its rank r_e (E: best).
-Weights use the unshifted score, and no gradient flows through the shift. Choices that capacity
-dropped contribute nothing and count nowhere. It says who is of use at present, not who could be.
+the combine weight: no forward pass more, only the gradient that reaches the weight. (L is what is
+trained on, the router losses of later layers included.) Per step and layer A_e = sum_t a_te /
+sum_t w_te, standardised over the experts, is added to a running credit; the rank of the credit is
+reported. With loss-ranked routing the selection score of an expert is shifted by eta * phi_e,
+phi_e = 2 (r_e - 1) / (E - 1) - 1 in [-1, 1] by its rank r_e (E: best). Weights use the unshifted
+score, and no gradient flows through the shift. Choices that capacity dropped contribute nothing and
+count nowhere. It says who is of use at present, not who could be.
 Letters: T tokens, K experts per token, E experts.
 """
 
