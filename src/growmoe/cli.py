@@ -61,16 +61,19 @@ def _main(
     pass
 
 
-def _finish(result: dict[str, Any], as_json: bool) -> None:
-    """A table that people read (unless --json), then the JSON line."""
+def _finish(result: dict[str, Any], as_json: bool, lines: list[str] | None = None) -> None:
+    """A table that people read (unless --json), then the JSON line. `lines` are shown in place of
+    the last entry."""
     if not as_json:
-        for key, value in result.items():
+        for key, value in list(result.items())[: -1 if lines else None]:
             if isinstance(value, float):
                 value = f"{value:.6g}"
             if isinstance(value, dict | list):
                 text = json.dumps(value, ensure_ascii=False)
                 value = text if len(text) <= 100 else f"{text[:97]}..."
             print(f"{key:>28}  {value}")
+        if lines:
+            print("", *lines, "", sep="\n")
     print(json.dumps(result, ensure_ascii=False), flush=True)
 
 
@@ -479,13 +482,25 @@ def chat(
 def inspect(
     path: Annotated[str, typer.Argument(help="Model, corpus or run directory, or .gguf file.")],
     tensors: Annotated[bool, typer.Option("--tensors", help="List every tensor.")] = False,
+    experts: Annotated[
+        bool, typer.Option("--experts", help="What experts do: as trained, or on --data or --text.")
+    ] = False,
+    data: Annotated[str | None, typer.Option(help="--experts: corpus to measure on.")] = None,
+    text: Annotated[str | None, typer.Option(help="--experts: text file to measure on.")] = None,
     json_only: Json = False,
-    dry_run: NothingDone = False,
+    dry_run: DryRun = False,
 ) -> None:
-    """What is in a directory: shape, parameters, lineage, tensors; or a corpus's counts."""
+    """What is in a directory: shape, parameters, lineage, tensors, load and credit of experts with
+    what to prune first; or a corpus's counts."""
+    from growmoe.stages.inspect import asked_experts, expert_lines
     from growmoe.stages.inspect import run as inspect_stage
 
-    _finish(inspect_stage(Path(_existing(path)), tensors), json_only)
+    asked = asked_experts(experts, data, text)
+    if (data or text) and not dry_run:
+        _threads()
+    result = inspect_stage(Path(_existing(path)), tensors, asked, dry_run)
+    use = result.get("expert_use")
+    _finish(result, json_only, list(expert_lines(use)) if use else None)
 
 
 @app.command()

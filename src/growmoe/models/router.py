@@ -41,6 +41,8 @@ class Routing:
     kept_E: Tensor
     scoring: str
     sequences: int
+    kept_TK: Tensor | None = None
+    """Which choices were computed; None: all."""
 
     @property
     def probs_TE(self) -> Tensor:
@@ -73,12 +75,14 @@ class Router(nn.Module):
         scores_TE, experts_TK, weights_TK, table = self._choice(logits_TE)
         T, E = scores_TE.shape
         counts_E, factor = table.counts_E, self.policy.capacity_factor
+        kept_TK = None
         if self.training and factor is not None:
             limit = capacity(T, self.config.top_k, E, factor)
             table = with_capacity(experts_TK, weights_TK, E, limit, self.policy.drop)
+            kept_TK = table.kept_like(experts_TK)
         routing = Routing(
             logits_TE, scores_TE, experts_TK, weights_TK, counts_E, table.counts_E,
-            self.config.scoring, sequences,
+            self.config.scoring, sequences, kept_TK,
         )  # fmt: skip
         return routing, table
 

@@ -29,6 +29,13 @@ class MappingTable:
     order_S: Tensor
     counts_E: Tensor
 
+    def kept_like(self, experts_TK: Tensor) -> Tensor:
+        """Which of the choices `experts_TK` that this is the table of were not dropped."""
+        places_S = torch.arange(self.order_S.numel(), device=self.order_S.device)
+        kept_S = torch.empty_like(places_S, dtype=torch.bool)
+        kept_S[self.order_S] = places_S < self.counts_E.sum()
+        return kept_S.view_as(experts_TK)
+
 
 def mapping_table(experts_TK: Tensor, num_experts: int) -> MappingTable:
     """The table of int64 choices [T,K] among `num_experts` experts."""

@@ -130,7 +130,8 @@ class RankingModel(Strict):
     ramp: Annotated[float, Field(ge=0, le=0.5)] = 0.2
     """Share of the steps in which it rises, and at the end falls to zero again."""
     max_load: Annotated[float, Field(gt=1)] = 2.0
-    """A layer whose largest load passes this many times the mean has its shift halved."""
+    """A layer whose largest load passes this many times the mean has its shift halved, and given
+    back by a tenth per step when it no longer does."""
     min_tokens: Count = 1
     """Experts with fewer rows in a step keep their credit."""
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from growmoe.artifacts import fitting_corpus, history, lineage_of, sizes
 from growmoe.data.corpus import Corpus
 from growmoe.errors import UsageError
+from growmoe.files import write_json
 from growmoe.growth.inherit import Inherited, Step, ancestry, carried, known
 from growmoe.models.checkpoint import (
     Source,
@@ -32,6 +33,7 @@ from growmoe.training.memory import keep_freed_memory
 from growmoe.training.resume import MOMENTS, save_moments
 from growmoe.training.start import Start
 from growmoe.training.trainer import Trainer
+from growmoe.training.usefulness import EXPERTS_FILE
 from growmoe.training.validation import mean_loss
 
 
@@ -44,6 +46,9 @@ def run(spec: TrainStage, staged: Path, work: Path) -> dict[str, Any]:
     trainer = Trainer(model, corpus, spec, work, start_of(spec, model))
     outcome = trainer.train()
     save_model(staged, model, "float32")
+    if trainer.routing.routers:
+        use = {"measured_on": "training", "tokens": outcome.tokens, "layers": trainer.routing.use()}
+        write_json(staged / EXPERTS_FILE, use)
     if spec.keep_optimizer:
         save_moments(staged, model, trainer.optimizer, model.config)
     own = Path(spec.model) if spec.model else corpus.path

@@ -99,11 +99,11 @@ def load_entropy(load_E: Tensor) -> float:
 
 
 @torch.no_grad()
-def similarity(experts: Experts) -> tuple[float, float, float]:
-    """(least, mean, largest) cosine between two experts of a layer; 1 for exact copies.
+def cosines(experts: Experts) -> Tensor:
+    """[E,E] cosines between the experts of a layer; 1 for exact copies.
 
     All weights of an expert as one vector, of which at most 2^16 evenly spaced elements of each
-    matrix are taken. One expert alone is like itself: 1.
+    matrix are taken.
     """
     gram_EE: Tensor | None = None
     for stack in (experts.up, experts.down):
@@ -113,8 +113,14 @@ def similarity(experts: Experts) -> tuple[float, float, float]:
         gram_EE = part_EE if gram_EE is None else gram_EE + part_EE
     assert gram_EE is not None
     norm_E = gram_EE.diagonal().sqrt().clamp(min=1e-12)
-    cosine_EE = gram_EE / norm_E[:, None] / norm_E[None, :]
-    upper = torch.triu_indices(len(norm_E), len(norm_E), 1)
+    return gram_EE / norm_E[:, None] / norm_E[None, :]
+
+
+def similarity(experts: Experts) -> tuple[float, float, float]:
+    """(least, mean, largest) cosine between two experts of a layer. One expert alone is like
+    itself: 1."""
+    cosine_EE = cosines(experts)
+    upper = torch.triu_indices(len(cosine_EE), len(cosine_EE), 1)
     pairs = cosine_EE[upper[0], upper[1]]
     if not len(pairs):
         return 1.0, 1.0, 1.0

@@ -2,15 +2,18 @@
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from growmoe.models.config import moe_layers
+from growmoe.models.moe import Experts
 from growmoe.models.router import Routing, RoutingPolicy, routers, set_policy
 from growmoe.models.transformer import Transformer
 from growmoe.recipe import TrainStage
 from growmoe.training.balancing import Reduce, StepCounts, alone, update_bias
 from growmoe.training.observing import RoutingMonitor, similarities
 from growmoe.training.ranking import ExpertRanking, ranks, watch
+from growmoe.training.usefulness import layer_record
 
 
 class RoutingControl:
@@ -65,6 +68,18 @@ class RoutingControl:
             "brake": [float(credit.brake) for credit in self.ranking.layers],
             **similarities(self.model),
         }
+
+    def use(self) -> list[dict[str, Any]]:
+        """One record per layer of what every expert was of use for; none before the first step."""
+        layers, found = moe_layers(self.model.config), []
+        modules = [m for m in self.model.modules() if isinstance(m, Experts)]
+        recent = self.monitor.recent
+        for layer, module, credit, load_E in zip(layers, modules, self.ranking.layers, recent):
+            removes_E, weight_E, rows_E, processes_E = credit.recent_4E
+            if float(processes_E[0]) > 0:
+                sums_3E = torch.stack([removes_E / processes_E, weight_E, rows_E])
+                found.append(layer_record(layer, module, load_E, sums_3E, credit.value_E))
+        return found
 
     def state(self) -> dict[str, Tensor]:
         """What a checkpoint keeps."""
