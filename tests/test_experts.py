@@ -180,6 +180,21 @@ def test_only_what_is_kept_is_in_memory() -> None:
     assert kept == S * 64 + S * 8  # [S,2F] and [S,D]
 
 
+@pytest.mark.parametrize("E", [4, 40])  # the loop, and the grouped product
+@pytest.mark.parametrize("frozen", [0, 1, 2, 3])
+def test_what_is_frozen_gets_no_gradient(frozen: int, E: int) -> None:
+    x, table, weights, w = case(30, E, 2, 32, 16, dtype=torch.bfloat16)
+    leaves = [x, weights, w.up_ERD, w.down_EDF]
+    full = torch.autograd.grad(expert_mlp(x, table, weights, w, "swiglu").float().sum(), leaves)
+    leaves[frozen].requires_grad_(False)
+    expert_mlp(x, table, weights, w, "swiglu").float().sum().backward()
+    for number, (leaf, want) in enumerate(zip(leaves, full)):
+        if number == frozen:
+            assert leaf.grad is None
+        else:
+            assert torch.equal(leaf.grad, want)
+
+
 def test_no_gradient_mode_gives_the_same() -> None:
     x, table, weights, w = case(30, 5, 2, 16, 12, dtype=torch.float32)
     y = expert_mlp(x, table, weights, w, "swiglu")

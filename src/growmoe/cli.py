@@ -299,13 +299,9 @@ def upcycle(
     layers: Annotated[
         str, typer.Option(help="all, second, first_half, second_half, or a list like 3,5,7.")
     ] = "all",
-    pyramid: Annotated[
-        int, typer.Option(help="Twice the experts in this many of the last MoE layers.")
-    ] = 0,
+    pyramid: Annotated[int, typer.Option(help="Last MoE layers with twice the experts.")] = 0,
     groups: Annotated[int, typer.Option(help="Groups that experts stand in.")] = 1,
-    top_groups: Annotated[
-        int | None, typer.Option(help="Groups that a token may visit; needs --groups.")
-    ] = None,
+    top_groups: Annotated[int | None, typer.Option(help="Groups a token may visit.")] = None,
     expert_init: Annotated[str, typer.Option(help="copy, noise, drop or permute.")] = "copy",
     noise: Annotated[
         float | None, typer.Option(help="expert-init noise: relative to each matrix.")

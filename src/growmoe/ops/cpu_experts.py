@@ -7,7 +7,7 @@ E full-sized gradients). Kept for backward: the pre-activations [S,R] and the ex
 [T,K,D]. Letters as in `experts`.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -62,7 +62,7 @@ class _CpuExperts(torch.autograd.Function):
         dx_SD = x_TD.new_empty(kept + (kept < T * K), D)
         rows = _Rows(x_TD, dy_TD, tokens_S, share_S1, dx_SD[:kept])
         run = _backward_grouped if ctx.grouped else _backward_looped
-        grads = run(rows, h, w, counts_E, ctx.activation)
+        grads = run(rows, h, w, counts_E, ctx.activation, ctx.needs_input_grad[5:])
         if kept < T * K:
             dx_SD[kept] = 0.0
         dx_TD = dx_SD.index_select(0, back_S)
@@ -178,25 +178,26 @@ def _forward_grouped(
 
 
 def _backward_looped(
-    rows: _Rows, kept: list[Tensor], w: ExpertWeights, counts_E: Tensor, activation: Activation
-) -> tuple[Tensor | None, ...]:
-    """Writes rows.dx_SD; returns the gradients of the experts' tensors."""
+    rows: _Rows, kept: list[Tensor], w: ExpertWeights, counts_E: Tensor, activation: Activation,
+    wanted: Sequence[bool],
+) -> tuple[Tensor | None, ...]:  # fmt: skip
+    """Writes rows.dx_SD; returns the gradients of the experts' tensors that are `wanted`."""
     active, sizes = _active(counts_E.tolist())
     # an expert without rows gets zeros: all at once, or where it stands
     empty = torch.empty_like if len(active) == len(counts_E) else torch.zeros_like
-    grads = [None if tensor is None else empty(tensor) for tensor in w]
+    grads = [empty(t) if t is not None and want else None for t, want in zip(w, wanted)]
     dup_ERD, ddown_EDF, dup_bias_ER, ddown_bias_ED = grads
-    assert dup_ERD is not None
-    assert ddown_EDF is not None
     inputs, outputs = _rows_by(rows.x_TD, rows.tokens_S, sizes), rows.gradients_by(sizes)
     for expert, h_SR, x_SD, dy_SD, dx_SD in zip(
         active, kept, inputs, outputs, rows.dx_SD.split(sizes)
     ):
         da_SF = times(dy_SD, w.down_EDF[expert])
         a_SF, dh_SR = _activate_backward(h_SR, da_SF, activation)
-        outer(dy_SD, a_SF, ddown_EDF[expert])
+        if ddown_EDF is not None:
+            outer(dy_SD, a_SF, ddown_EDF[expert])
         times(dh_SR, w.up_ERD[expert], out_SD=dx_SD)
-        outer(dh_SR, x_SD, dup_ERD[expert])
+        if dup_ERD is not None:
+            outer(dh_SR, x_SD, dup_ERD[expert])
         if dup_bias_ER is not None:
             torch.sum(dh_SR, 0, out=dup_bias_ER[expert])
         if ddown_bias_ED is not None:
@@ -205,16 +206,20 @@ def _backward_looped(
 
 
 def _backward_grouped(
-    rows: _Rows, kept: list[Tensor], w: ExpertWeights, counts_E: Tensor, activation: Activation
-) -> tuple[Tensor | None, ...]:
+    rows: _Rows, kept: list[Tensor], w: ExpertWeights, counts_E: Tensor, activation: Activation,
+    wanted: Sequence[bool],
+) -> tuple[Tensor | None, ...]:  # fmt: skip
     offsets_E = counts_E.cumsum(0).to(torch.int32)
     dy_SD = rows.gradients()
     da_SF = F.grouped_mm(dy_SD, w.down_EDF, offs=offsets_E)
     a_SF, dh_SR = _activate_backward(kept[0], da_SF, activation)
-    ddown_EDF = F.grouped_mm(dy_SD.t(), a_SF, offs=offsets_E)
     rows.dx_SD.copy_(F.grouped_mm(dh_SR, w.up_ERD, offs=offsets_E))
-    x_SD = rows.x_TD.index_select(0, rows.tokens_S)
-    dup_ERD = F.grouped_mm(dh_SR.t(), x_SD, offs=offsets_E)
+    dup_ERD = ddown_EDF = None
+    if wanted[1]:
+        ddown_EDF = F.grouped_mm(dy_SD.t(), a_SF, offs=offsets_E)
+    if wanted[0]:
+        x_SD = rows.x_TD.index_select(0, rows.tokens_S)
+        dup_ERD = F.grouped_mm(dh_SR.t(), x_SD, offs=offsets_E)
     return dup_ERD, ddown_EDF, None, None
 
 
