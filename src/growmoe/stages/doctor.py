@@ -19,6 +19,7 @@ def run() -> dict[str, Any]:
     import torch.nn.functional as F
 
     from growmoe.artifacts import free_memory
+    from growmoe.ops.products import onednn
     from growmoe.training.trainer import native_bfloat16
 
     missing = {
@@ -32,6 +33,10 @@ def run() -> dict[str, Any]:
     ]
     if not hasattr(F, "grouped_mm"):
         advice.append("a newer torch has grouped_mm; without it experts run in a slower loop")
+    if not onednn():
+        advice.append("this torch has no oneDNN product for float32; training uses its slower mm")
+    if torch.cuda.is_available() and not _version("triton"):
+        advice.append("pip install triton for the kernels of MoE layers on a GPU")
     return {
         "growmoe": __version__,
         "python": platform.python_version(),
@@ -41,9 +46,19 @@ def run() -> dict[str, Any]:
         "cores": len(os.sched_getaffinity(0)),
         "native_bfloat16": native_bfloat16(),
         "grouped_mm": hasattr(F, "grouped_mm"),
+        "onednn_float32": onednn(),
+        "triton": _version("triton"),
         "accelerator": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "memory_free_mb": free_memory() >> 20,
         "disk_free_mb": shutil.disk_usage(".").free >> 20,
         "extras": {extra: not names for extra, names in missing.items()},
         "advice": advice,
     }
+
+
+def _version(package: str) -> str | None:
+    """The installed version of a package, if any."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
