@@ -227,7 +227,9 @@ def resident_kb(field: str) -> int:
 def with_peak(
     call: Callable[[], Tensor], device: str, allocator: str
 ) -> tuple[Tensor, float | None]:
-    """The call's result, and the MB that it needed at its peak beside what was there before."""
+    """The call's result, and the MB that it needed at its peak beside what was there before. It is
+    the second call: the first one also fills the libraries' own caches, once for all layers."""
+    call()
     if device == "cuda":
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
@@ -441,7 +443,7 @@ class Bench:
             name: functools.partial(run_next, layer, itertools.cycle(batches), cell.backward)
             for name, layer in layers.items()
         }
-        timings = timed(calls, options)
+        timings = {} if options.memory_only else timed(calls, options)
         for layer in layers.values():
             release(layer, batch)
         medians = {name: timing.medians() for name, timing in timings.items()}
@@ -552,6 +554,7 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--seed", type=int, default=0)
     add("--out", type=Path, default=None, help="JSON, written after every cell")
     add("--resume", action="store_true", help="continue what --out holds")
+    add("--memory-only", action="store_true", help="equal outputs and peak memory, no timing")
     add("--quick", action="store_true", help="a small grid, to see that it works")
     options = parser.parse_args(argv)
     options.threads = options.threads or ([1, 2] if options.device == "cpu" else [1])

@@ -19,9 +19,11 @@ from growmoe.ops.experts import Activation, ExpertWeights, activate, grouped_mm_
 from growmoe.ops.mapping import MappingTable, inverse
 from growmoe.ops.products import outer, times, times_transposed
 
-_FEW_ROWS = 16
-"""Rows per expert below which the loop over experts costs more than it saves, and torch's grouped
-product, which loops in C++, is used for 16-bit weights (`benchmarks/moe_layer.py`)."""
+_FEW_ROWS = {("forward", torch.bfloat16): 16.0, ("backward", torch.bfloat16): 16.0,
+             ("backward", torch.float32): 2.0}  # fmt: skip
+"""Rows per expert below which a loop over experts costs more than it saves; there torch's grouped
+product is used, which loops in C++. In a float32 forward pass it never wins, because it does not
+know oneDNN (`benchmarks/moe_layer.py`)."""
 _AT_ONCE = 1 << 21
 """Elements of routed rows that are gathered in one go, before the loop over experts."""
 
@@ -61,7 +63,10 @@ class _CpuExperts(torch.autograd.Function):
         share_S1 = weights_TK.reshape(-1)[order_S[:kept], None].to(x_TD.dtype)
         dx_SD = x_TD.new_empty(kept + (kept < T * K), D)
         rows = _Rows(x_TD, dy_TD, tokens_S, share_S1, dx_SD[:kept])
-        run = _backward_grouped if ctx.grouped else _backward_looped
+        grouped = ctx.grouped or _grouped_is_faster("backward", x_TD, w, counts_E.tolist())
+        if grouped and not ctx.grouped:
+            h = [torch.cat(h)]
+        run = _backward_grouped if grouped else _backward_looped
         grads = run(rows, h, w, counts_E, ctx.activation, ctx.needs_input_grad[5:])
         if kept < T * K:
             dx_SD[kept] = 0.0
@@ -82,7 +87,7 @@ def _forward(
     tokens_S = (order_S // K if K > 1 else order_S)[:kept]
     # dropped rows read a row of zeros behind the kept ones
     y_SD = x_TD.new_empty(kept + (kept < T * K), D)
-    grouped = _grouped_is_faster(x_TD, w, counts)
+    grouped = _grouped_is_faster("forward", x_TD, w, counts)
     if grouped:
         h = [_forward_grouped(x_TD, tokens_S, counts_E, w, activation, y_SD[:kept])]
     else:
@@ -140,12 +145,14 @@ def _active(counts: list[int]) -> tuple[list[int], list[int]]:
     return experts, [counts[expert] for expert in experts]
 
 
-def _grouped_is_faster(x_TD: Tensor, w: ExpertWeights, counts: list[int]) -> bool:
-    if x_TD.dtype is not torch.bfloat16 or w.up_bias_ER is not None:
+def _grouped_is_faster(
+    direction: str, x_TD: Tensor, w: ExpertWeights, counts: list[int]
+) -> bool:  # fmt: skip
+    few = _FEW_ROWS.get((direction, x_TD.dtype), 0.0)
+    active = sum(1 for count in counts if count)
+    if active <= 2 or sum(counts) >= few * active or w.up_bias_ER is not None:
         return False
-    active, kept = sum(1 for count in counts if count), sum(counts)
-    few = active > 8 and kept < _FEW_ROWS * active
-    return few and grouped_mm_fits(x_TD, w.up_ERD) and grouped_mm_fits(x_TD, w.down_EDF)
+    return grouped_mm_fits(x_TD, w.up_ERD) and grouped_mm_fits(x_TD, w.down_EDF)
 
 
 def _forward_looped(
