@@ -114,6 +114,7 @@ def test_a_bias_is_added_without_changing_the_function() -> None:
     config = trained_config(spec(routing={"bias_rate": 0.001}), model.config)
     adopt(model, config)
     assert torch.equal(model(ids).logits, before)
+    assert all(router.bias.tolist() == [0.0] * 4 for router in routers(model))
     assert {name for name, _ in parameter_views(model) if name.endswith("router.bias")} == {
         "layers.1.moe.router.bias", "layers.2.moe.router.bias"
     }  # fmt: skip
