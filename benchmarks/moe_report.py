@@ -1,7 +1,15 @@
-"""The tables and the summary of `moe_layer.py`, from its JSON document."""
+"""The tables and the summary of `moe_layer.py`, from its JSON document.
+
+    python benchmarks/moe_report.py RUN.json [RUN.json...]
+
+prints those of several runs together (of one machine and commit, for example parts of the grid).
+"""
 
 import itertools
+import json
+import sys
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any
 
 from moe_peers import BUILDERS, PEERS
@@ -128,3 +136,20 @@ def report(document: dict[str, Any]) -> None:
     if raw:
         print(f"\nWith raw routing weights at k = 1, and compared with that: {', '.join(raw)}")
     summary(cells)
+
+
+def merged(documents: list[dict[str, Any]]) -> dict[str, Any]:
+    """One document with the rows of all; exits where they are not of one commit and machine."""
+    for field in ("commit", "cpu", "versions", "hidden", "ffn", "allocator", "device"):
+        found = {json.dumps(document["config"][field]) for document in documents}
+        if len(found) > 1:
+            sys.exit(f"error: the runs differ in {field}: {', '.join(sorted(found))}")
+    config = dict(documents[0]["config"])
+    used = {name for document in documents for name in document["config"]["impl"]}
+    config["impl"] = [name for name in BUILDERS if name in used]
+    rows = [row for document in documents for row in document["rows"]]
+    return {"config": config, "rows": rows}
+
+
+if __name__ == "__main__":
+    report(merged([json.loads(Path(name).read_text()) for name in sys.argv[1:]]))
