@@ -166,3 +166,10 @@ def test_presets_have_the_layers_of_the_paper() -> None:
 
 def test_tiny_config_is_dense() -> None:
     assert tiny_config().moe is None
+
+
+def test_what_a_stage_writes_down_can_be_read_again() -> None:
+    init = {"hidden_size": 8, "num_layers": 2, "num_heads": 1, "ffn_size": 8, "moe": {"experts": 4}}
+    made = TrainStage(stage="train", init=init, data="x", tokens=100, routing={"ranking": {}})
+    assert TrainStage(**made.model_dump()).init == made.init
+    assert TrainStage(**made.model_dump()).routing == made.routing

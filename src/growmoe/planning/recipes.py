@@ -24,6 +24,7 @@ from growmoe.recipe import (
     InitMoE,
     PrepareStage,
     Recipe,
+    RoutingModel,
     TrainStage,
     UpcycleStage,
 )
@@ -79,9 +80,9 @@ def trained_config(stage: TrainStage, config: ModelConfig) -> ModelConfig:
     Raises UsageError for routing options of a model without routers, and for sequences that are
     longer than the model's context.
     """
-    asked = stage.routing.model_fields_set
+    asked = [key for key, value in stage.routing if value != getattr(RoutingModel(), key)]
     if config.moe is None and asked:
-        raise UsageError(f"routing.{sorted(asked)[0]} is for models with experts")
+        raise UsageError(f"routing.{asked[0]} is for models with experts")
     if stage.sequence_length > config.max_positions:
         raise UsageError(
             f"sequence_length {stage.sequence_length} is longer than the model's context of "

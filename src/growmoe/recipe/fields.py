@@ -78,6 +78,6 @@ class ExpertLayout(Strict):
             raise ValueError(f"experts ({self.experts}) are fewer than top_k ({self.top_k})")
         if self.pyramid and not isinstance(self.experts, int):
             raise ValueError("pyramid contradicts a list of experts, which says it all")
-        if "top_groups" in self.model_fields_set and self.groups == 1:
+        if self.top_groups != 1 and self.groups == 1:
             raise ValueError("top_groups needs groups")
         return self

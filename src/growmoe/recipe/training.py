@@ -159,7 +159,7 @@ class RoutingModel(Strict):
 
     @model_validator(mode="after")
     def _used(self) -> "RoutingModel":
-        if self.capacity_factor is None and "drop" in self.model_fields_set:
+        if self.capacity_factor is None and self.drop != "position":
             raise ValueError("drop needs capacity_factor")
         return self
 
