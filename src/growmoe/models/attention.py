@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from growmoe.models.config import ModelConfig
+from growmoe.ops.linear import Linear
 
 
 class RMSNorm(nn.Module):
@@ -109,10 +110,10 @@ class Attention(nn.Module):
         super().__init__()
         self.config, self.layer = config, layer
         D, C = config.hidden_size, config.head_dim
-        self.q = nn.Linear(D, config.num_heads * C, bias=config.qkv_bias)
-        self.k = nn.Linear(D, config.num_kv_heads * C, bias=config.qkv_bias)
-        self.v = nn.Linear(D, config.num_kv_heads * C, bias=config.qkv_bias)
-        self.o = nn.Linear(config.num_heads * C, D, bias=config.o_bias)
+        self.q = Linear(D, config.num_heads * C, bias=config.qkv_bias)
+        self.k = Linear(D, config.num_kv_heads * C, bias=config.qkv_bias)
+        self.v = Linear(D, config.num_kv_heads * C, bias=config.qkv_bias)
+        self.o = Linear(config.num_heads * C, D, bias=config.o_bias)
         if config.qk_norm:
             every = config.qk_norm_scope == "all"
             self.q_norm = RMSNorm(config.num_heads * C if every else C, config.norm_eps)

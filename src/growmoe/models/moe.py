@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from growmoe.models.config import ModelConfig
 from growmoe.models.router import Router, Routing
 from growmoe.ops.experts import Activation, ExpertWeights, expert_mlp
+from growmoe.ops.linear import Linear
 from growmoe.ops.mapping import MappingTable
 
 
@@ -21,9 +22,9 @@ class MLP(nn.Module):
         self.swiglu = config.activation == "swiglu"
         D, bias = config.hidden_size, config.mlp_bias
         if self.swiglu:
-            self.gate = nn.Linear(D, width, bias=bias)
-        self.up = nn.Linear(D, width, bias=bias)
-        self.down = nn.Linear(width, D, bias=bias)
+            self.gate = Linear(D, width, bias=bias)
+        self.up = Linear(D, width, bias=bias)
+        self.down = Linear(width, D, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., D] -> [..., D]."""
@@ -70,7 +71,7 @@ class MoE(nn.Module):
         self.experts = Experts(config, experts)
         if config.moe.mix in ("softmax2", "sigmoid_gate"):
             rows = 2 if config.moe.mix == "softmax2" else 1
-            self.mix = nn.Linear(config.hidden_size, rows, bias=rows == 2)
+            self.mix = Linear(config.hidden_size, rows, bias=rows == 2)
 
     def forward(self, x_BTD: Tensor, fixed: MLP | None) -> tuple[Tensor, Routing]:
         """Returns ([B,T,D], routing); `fixed` is the residual MLP or shared expert, if any."""

@@ -6,11 +6,11 @@ Letters: B sequences, T tokens, D hidden, E experts, K experts per token, G grou
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from growmoe.models.config import ModelConfig, MoEConfig
 from growmoe.ops.device import on_triton
+from growmoe.ops.linear import linear
 from growmoe.ops.mapping import Drop, MappingTable, capacity, mapping_table, with_capacity
 
 
@@ -89,7 +89,7 @@ class Router(nn.Module):
             if self.training and self.policy.jitter:
                 low, high = 1.0 - self.policy.jitter, 1.0 + self.policy.jitter
                 x_TD = x_TD * torch.empty_like(x_TD).uniform_(low, high)
-            return F.linear(x_TD, self.weight.to(wide))
+            return linear(x_TD, self.weight.to(wide))
 
     def _choice(self, logits_TE: Tensor) -> tuple[Tensor, Tensor, Tensor, MappingTable]:
         """(scores_TE, experts_TK best first, weights_TK, table of all choices)."""

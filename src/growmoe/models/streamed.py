@@ -1,7 +1,6 @@
 """A forward pass that holds one layer's weights at a time, for models larger than memory."""
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from growmoe.models.attention import make_norm, rotary_tables
@@ -9,6 +8,7 @@ from growmoe.models.checkpoint import Source, load_into, named_views
 from growmoe.models.config import ModelConfig, tensor_shapes
 from growmoe.models.safetensors_io import DTYPES, numel
 from growmoe.models.transformer import Block
+from growmoe.ops.linear import linear
 
 
 @torch.no_grad()
@@ -36,7 +36,7 @@ def streamed_logits(source: Source, sequences: list[Tensor], dtype: str) -> list
     load_into({f"norm.{name}": p.data for name, p in norm.named_parameters()}, source.load)
     head_VD = embed_VD if config.tied_head else source.load("head.weight")
     head_VD = head_VD.to(wide)
-    return [F.linear(norm(x), head_VD)[0] for x in hidden]
+    return [linear(norm(x), head_VD)[0] for x in hidden]
 
 
 def _block(source: Source, layer: int, dtype: torch.dtype) -> Block:

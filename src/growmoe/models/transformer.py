@@ -11,6 +11,7 @@ from growmoe.models.attention import Attention, Cache, make_norm, rotary_tables
 from growmoe.models.config import ModelConfig
 from growmoe.models.moe import MLP, MoE
 from growmoe.models.router import Routing, routers
+from growmoe.ops.linear import Linear, linear
 
 
 @dataclass
@@ -71,7 +72,7 @@ class Transformer(nn.Module):
         self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.num_layers))
         self.norm = make_norm(config, config.hidden_size)
         if not config.tied_head:
-            self.head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+            self.head: nn.Linear = Linear(config.hidden_size, config.vocab_size, bias=False)
 
     def forward(
         self, tokens_BT: Tensor, cache: Cache | None = None, real_BS: Tensor | None = None
@@ -109,7 +110,7 @@ class Transformer(nn.Module):
                 routing.append(routed)
         x_BTD = self.norm(x_BTD)
         if self.config.tied_head:
-            return Output(nn.functional.linear(x_BTD, self.embed.weight), routing)
+            return Output(linear(x_BTD, self.embed.weight), routing)
         return Output(self.head(x_BTD), routing)
 
     @torch.no_grad()

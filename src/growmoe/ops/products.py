@@ -50,9 +50,9 @@ def times(y_SF: Tensor, w_FD: Tensor, out_SD: Tensor | None = None) -> Tensor:
     return torch.mm(y_SF, w_FD, out=out_SD)
 
 
-def outer(y_SF: Tensor, x_SD: Tensor, out_FD: Tensor) -> None:
-    """out_FD = y_SF^T @ x_SD, the gradient of the weight of a linear layer."""
+def outer(y_SF: Tensor, x_SD: Tensor, out_FD: Tensor | None = None) -> Tensor:
+    """y_SF^T @ x_SD: [F,D], the gradient of the weight of a linear layer."""
     if _by_onednn(y_SF) and y_SF.shape[0] > 1:
-        out_FD.copy_(torch.ops.mkldnn._linear_pointwise(y_SF.t(), x_SD.t(), None, "none", [], ""))
-    else:
-        torch.mm(y_SF.t(), x_SD, out=out_FD)
+        g_FD = torch.ops.mkldnn._linear_pointwise(y_SF.t(), x_SD.t(), None, "none", [], "")
+        return g_FD if out_FD is None else out_FD.copy_(g_FD)
+    return torch.mm(y_SF.t(), x_SD, out=out_FD)

@@ -27,6 +27,7 @@ from growmoe.models.safetensors_io import TensorFile
 from growmoe.models.transformer import Transformer, adopt
 from growmoe.planning.recipes import initial_config, trained_config
 from growmoe.recipe import TrainStage
+from growmoe.training.memory import keep_freed_memory
 from growmoe.training.resume import MOMENTS, save_moments
 from growmoe.training.start import Start
 from growmoe.training.trainer import Trainer
@@ -35,6 +36,7 @@ from growmoe.training.validation import mean_loss
 
 def run(spec: TrainStage, staged: Path, work: Path) -> dict[str, Any]:
     """Train, then write the model; metrics and checkpoints stay in `work`."""
+    keep_freed_memory()
     corpus = Corpus(Path(spec.data))
     model = _model(spec, corpus)
     adopt(model, trained_config(spec, model.config))
