@@ -3,9 +3,9 @@
     python benchmarks/architectures.py runs/moe [MORE...] --out OUT
     python benchmarks/architectures.py --step-time [recipes/moe/top2-vs-residual.yaml]
 
-The first form reads the train stages `VARIANT-sSEED` of run directories, prints a Markdown table
-per comparison, writes OUT/moe_curves.svg, OUT/moe_parameters.svg and OUT/architectures.json, and
-ends in one JSON line. Comparisons with fewer than two variants are left out.
+The first form reads the train stages `VARIANT-sSEED` of run directories and prints a Markdown table
+per comparison of at least two variants, on the seeds that all of them have. It writes
+OUT/moe_differences.svg, OUT/moe_five_ways.svg and OUT/architectures.json, and ends in one JSON line.
 
 The second form needs no runs: it builds the models of a recipe in one process and times training
 steps on random tokens in turn, one step of each model per round, on one thread.
@@ -129,7 +129,6 @@ def row_of(runs: list[Run], base: list[Run]) -> dict[str, Any]:
     """Mean and spread over seeds, and per seed the difference to `base`: runs with one seed see
     the same batches in the same order."""
     ends = [run.curve[-1][1] for run in runs]
-    against = {run.seed: run.curve[-1][1] for run in base}
     return {
         "variant": runs[0].variant,
         "params": runs[0].params,
@@ -139,9 +138,7 @@ def row_of(runs: list[Run], base: list[Run]) -> dict[str, Any]:
         "losses": ends,
         "loss": statistics.mean(ends),
         "spread": max(ends) - min(ends),
-        "differences": [
-            end - against[run.seed] for end, run in zip(ends, runs) if run.seed in against
-        ],
+        "differences": [end - run.curve[-1][1] for end, run in zip(ends, base)],
         "by_source": {
             name: statistics.mean(run.by_source[name] for run in runs) for name in runs[0].by_source
         },
@@ -151,13 +148,27 @@ def row_of(runs: list[Run], base: list[Run]) -> dict[str, Any]:
 
 
 def tables(runs: dict[str, list[Run]]) -> dict[str, list[dict[str, Any]]]:
-    """The rows of every comparison that has at least two variants."""
+    """The rows of every comparison that has at least two variants, on the seeds that all have."""
     found = {}
-    for title, variants in COMPARISONS.items():
-        present = [variant for variant in variants if variant in runs]
-        if len(present) > 1:
-            found[title] = [row_of(runs[variant], runs[present[0]]) for variant in present]
+    for title in COMPARISONS:
+        chosen = compared(runs, title)
+        if len(chosen) > 1:
+            base = next(iter(chosen.values()))
+            found[title] = [row_of(many, base) for many in chosen.values()]
     return found
+
+
+def compared(runs: dict[str, list[Run]], title: str) -> dict[str, list[Run]]:
+    """The runs of one comparison: variants in its order, each with the seeds that all of them
+    have."""
+    present = [variant for variant in COMPARISONS[title] if variant in runs]
+    seeds = [{run.seed for run in runs[variant]} for variant in present]
+    common = set.intersection(*seeds) if seeds else set()
+    return {
+        variant: [run for run in runs[variant] if run.seed in common]
+        for variant in present
+        if common
+    }
 
 
 def show(title: str, rows: list[dict[str, Any]]) -> None:
@@ -178,59 +189,72 @@ def show(title: str, rows: list[dict[str, Any]]) -> None:
         )
 
 
-def draw_curves(runs: dict[str, list[Run]], titles: list[str], file: Path) -> None:
+def draw_differences(runs: dict[str, list[Run]], titles: list[str], file: Path) -> None:
     """One panel per comparison: the difference to its first variant over the run, thin lines for
     seeds and a thick one for their mean."""
     import matplotlib.pyplot as plt
 
     columns = min(2, len(titles))
+    rows = -(-len(titles) // columns)
     figure, panels = plt.subplots(
-        -(-len(titles) // columns), columns, figsize=(5.2 * columns, 3.6 * -(-len(titles) // 2)),
-        layout="constrained", squeeze=False,
-    )  # fmt: skip
-    colours = {variant: f"C{number}" for number, variant in enumerate(LABELS)}
+        rows, columns, figsize=(5 * columns, 3.5 * rows), layout="constrained", squeeze=False
+    )
+    for axes in list(panels.flat)[len(titles) :]:
+        axes.set_visible(False)
     for axes, title in zip(panels.flat, titles):
-        present = [variant for variant in COMPARISONS[title] if variant in runs]
-        base = {run.seed: dict(run.curve) for run in runs[present[0]]}
-        axes.axhline(0, color=colours[present[0]], lw=1.5, label=LABELS[present[0]])
-        for variant in present[1:]:
+        chosen = compared(runs, title)
+        first, *others = chosen
+        base = {run.seed: dict(run.curve) for run in chosen[first]}
+        axes.axhline(0, color=colour(first), lw=1.8, label=LABELS[first])
+        for variant in others:
             lines = [
                 [(tokens, loss - base[run.seed][tokens]) for tokens, loss in run.curve[1:]]
-                for run in runs[variant]
-                if run.seed in base
+                for run in chosen[variant]
             ]
             xs = [tokens / 1000 for tokens, _ in lines[0]]
             for line in lines:
-                axes.plot(xs, [loss for _, loss in line], color=colours[variant], lw=0.6, alpha=0.6)
-            mean = [statistics.mean(losses) for losses in zip(*[[y for _, y in x] for x in lines])]
-            axes.plot(xs, mean, color=colours[variant], lw=1.8, label=LABELS[variant])
+                ys = [loss for _, loss in line]
+                axes.plot(xs, ys, color=colour(variant), lw=0.6, alpha=0.6)
+            mean = [statistics.mean(loss for _, loss in points) for points in zip(*lines)]
+            axes.plot(xs, mean, "o-", color=colour(variant), lw=1.8, ms=3, label=LABELS[variant])
         axes.set_title(title, fontsize=10)
         axes.set_xlabel("training tokens (thousands)", fontsize=9)
         axes.spines[["top", "right"]].set_visible(False)
         axes.legend(frameon=False, fontsize=8)
     for row in panels:
-        row[0].set_ylabel("validation loss minus that of the first", fontsize=9)
+        row[0].set_ylabel("validation loss minus the first's", fontsize=9)
     figure.savefig(file, metadata={"Date": None})
 
 
-def draw_parameters(runs: dict[str, list[Run]], title: str, file: Path) -> None:
-    """Final loss against all parameters; a bar from the lowest to the highest seed."""
+def draw_losses(runs: dict[str, list[Run]], title: str, file: Path) -> None:
+    """Left: mean loss over the run. Right: loss at its end against all parameters, with a bar from
+    the lowest to the highest seed."""
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
-    variants = [variant for variant in ("dense", *COMPARISONS[title]) if variant in runs]
-    for variant in variants:
-        ends = [run.curve[-1][1] for run in runs[variant]]
-        x, y = runs[variant][0].params / 1e6, statistics.mean(ends)
-        axes.plot([x, x], [min(ends), max(ends)], color="grey", lw=1)
-        axes.plot(x, y, "o", color=f"C{list(LABELS).index(variant)}", ms=6)
-        axes.annotate(
-            LABELS[variant], (x, y), xytext=(7, 3), textcoords="offset points", fontsize=9
+    figure, (curves, ends) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    for variant, many in compared(runs, title).items():
+        points = list(zip(*[run.curve[1:] for run in many]))
+        xs = [point[0][0] / 1000 for point in points]
+        means = [statistics.mean(loss for _, loss in point) for point in points]
+        curves.plot(xs, means, "o-", color=colour(variant), lw=1.5, ms=3, label=LABELS[variant])
+        x, losses = many[0].params / 1e6, [run.curve[-1][1] for run in many]
+        ends.plot([x, x], [min(losses), max(losses)], color=colour(variant), lw=1)
+        ends.plot(x, means[-1], "o", color=colour(variant), ms=6)
+        ends.annotate(
+            LABELS[variant], (x, means[-1]), xytext=(7, 3), textcoords="offset points", fontsize=9
         )
-    axes.margins(x=0.15, y=0.1)
-    axes.set(xlabel="parameters in all (millions)", ylabel="validation loss (nats)")
-    axes.spines[["top", "right"]].set_visible(False)
+    curves.set(xlabel="training tokens (thousands)", ylabel="validation loss (nats)")
+    curves.legend(frameon=False, fontsize=8)
+    ends.margins(x=0.18, y=0.1)
+    ends.set(xlabel="parameters in all (millions)", ylabel="validation loss at the end (nats)")
+    for axes in (curves, ends):
+        axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(file, metadata={"Date": None})
+
+
+def colour(variant: str) -> str:
+    """The same in every plot."""
+    return f"C{list(LABELS).index(variant)}"
 
 
 def compare(options: argparse.Namespace) -> dict[str, Any]:
@@ -243,9 +267,9 @@ def compare(options: argparse.Namespace) -> dict[str, Any]:
     matplotlib.use("svg")
     matplotlib.rcParams["svg.fonttype"] = "none"
     matplotlib.rcParams["svg.hashsalt"] = "growmoe"
-    draw_curves(runs, list(found), options.out / "moe_curves.svg")
+    draw_differences(runs, list(found), options.out / "moe_differences.svg")
     if "Five ways" in found:
-        draw_parameters(runs, "Five ways", options.out / "moe_parameters.svg")
+        draw_losses(runs, "Five ways", options.out / "moe_five_ways.svg")
     shared = next(iter(runs.values()))[0].shared
     summary = {
         "benchmark": "architectures", "runs": sum(map(len, runs.values())),
