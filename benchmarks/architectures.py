@@ -4,8 +4,9 @@
     python benchmarks/architectures.py --step-time [recipes/moe/top2-vs-residual.yaml]
 
 The first form reads the train stages `VARIANT-sSEED` of run directories and prints a Markdown table
-per comparison of at least two variants, on the seeds that all of them have. It writes
-OUT/moe_differences.svg, OUT/moe_five_ways.svg and OUT/architectures.json, and ends in one JSON line.
+per comparison of at least two variants, on the seeds that all of them have. It writes plots
+(OUT/moe_differences.svg, OUT/moe_five_ways.svg) and OUT/architectures.json, and ends in one JSON
+line.
 
 The second form needs no runs: it builds the models of a recipe in one process and times training
 steps on random tokens in turn, one step of each model per round, on one thread.
