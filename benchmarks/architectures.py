@@ -27,7 +27,7 @@ from torch import nn
 
 from growmoe.models.transformer import Transformer
 from growmoe.planning.recipes import initial_config
-from growmoe.recipe import TrainStage
+from growmoe.recipe import PrepareStage, TrainStage
 from growmoe.recipe_yaml import load_recipe
 from growmoe.training.losses import LossWeights, language_model_loss
 from growmoe.training.optimizer import make_optimizer
@@ -314,11 +314,14 @@ class Stepper:
 def step_times(options: argparse.Namespace) -> dict[str, Any]:
     """Median seconds of a step of every model of a recipe, measured in turn in this process."""
     torch.set_num_threads(1)
-    steppers = {}
+    steppers: dict[str, Stepper] = {}
+    vocab_size = 0
     for stage in load_recipe(options.step_time).stages:
         name = NAME.fullmatch(stage.name)
+        if isinstance(stage, PrepareStage):
+            vocab_size = stage.tokenizer.vocab_size
         if isinstance(stage, TrainStage) and name and name[1] not in steppers:
-            steppers[name[1]] = Stepper(stage, options.vocab)
+            steppers[name[1]] = Stepper(stage, vocab_size)
     for stepper in steppers.values():
         stepper.step(), stepper.step()  # the first steps allocate
     times: dict[str, list[float]] = {variant: [] for variant in steppers}
@@ -343,7 +346,7 @@ def step_times(options: argparse.Namespace) -> dict[str, Any]:
     return {
         "benchmark": "architectures --step-time", "recipe": str(options.step_time),
         "rounds": options.rounds, "threads": 1, "batch_size": spec.batch_size,
-        "sequence_length": spec.sequence_length, "vocab": options.vocab, "dtype": "float32",
+        "sequence_length": spec.sequence_length, "vocab": vocab_size, "dtype": "float32",
         "torch": torch.__version__, "rows": rows,
     }  # fmt: skip
 
@@ -356,7 +359,6 @@ def main() -> None:
     recipe = Path(__file__).parent.parent / "recipes/moe/top2-vs-residual.yaml"
     parser.add_argument("--step-time", type=Path, nargs="?", const=recipe, metavar="RECIPE")
     parser.add_argument("--rounds", type=int, default=60)
-    parser.add_argument("--vocab", type=int, default=4096)
     options = parser.parse_args()
     if (options.step_time is None) == (not options.runs) or (options.runs and not options.out):
         parser.error("give run directories and --out, or --step-time")
