@@ -66,6 +66,7 @@ class Run:
     seed: int
     shared: dict[str, Any]
     """Its options but FREE ones, and the corpus's hash."""
+    init: dict[str, Any]
     params: int
     active: int
     flops: int
@@ -92,7 +93,7 @@ def read_run(folder: Path) -> Run | None:
     ends = [record["seconds"] for record in metrics if "seconds" in record]
     shared = {key: value for key, value in options.items() if key not in (*FREE, "data")}
     return Run(
-        name[1], int(name[2]), {**shared, "corpus_hash": manifest["hash"]},
+        name[1], int(name[2]), {**shared, "corpus_hash": manifest["hash"]}, options["init"],
         result["params_total"], result["params_active"], result["flops"] // (3 * result["tokens"]),
         [(r["tokens"], mean_loss(r["validation"])) for r in metrics if "validation" in r],
         result["validation_after"],
@@ -132,6 +133,7 @@ def row_of(runs: list[Run], base: list[Run]) -> dict[str, Any]:
     ends = [run.curve[-1][1] for run in runs]
     return {
         "variant": runs[0].variant,
+        "init": {key: value for key, value in runs[0].init.items() if value is not None},
         "params": runs[0].params,
         "active": runs[0].active,
         "flops_per_token": runs[0].flops,
@@ -233,20 +235,26 @@ def draw_losses(runs: dict[str, list[Run]], title: str, file: Path) -> None:
     import matplotlib.pyplot as plt
 
     figure, (curves, ends) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
-    for variant, many in compared(runs, title).items():
+    chosen = compared(runs, title)
+    places: dict[str, tuple[float, float]] = {}
+    for variant, many in chosen.items():
         points = list(zip(*[run.curve[1:] for run in many]))
         xs = [point[0][0] / 1000 for point in points]
         means = [statistics.mean(loss for _, loss in point) for point in points]
         curves.plot(xs, means, "o-", color=colour(variant), lw=1.5, ms=3, label=LABELS[variant])
         x, losses = many[0].params / 1e6, [run.curve[-1][1] for run in many]
+        places[variant] = x, means[-1]
         ends.plot([x, x], [min(losses), max(losses)], color=colour(variant), lw=1)
         ends.plot(x, means[-1], "o", color=colour(variant), ms=6)
+    for variant, (x, y) in places.items():
+        left = any(x < other < x + 3 and abs(y - level) < 0.03 for other, level in places.values())
         ends.annotate(
-            LABELS[variant], (x, means[-1]), xytext=(7, 3), textcoords="offset points", fontsize=9
-        )
+            LABELS[variant], (x, y), xytext=(-7 if left else 7, 3), textcoords="offset points",
+            ha="right" if left else "left", fontsize=9,
+        )  # fmt: skip
     curves.set(xlabel="training tokens (thousands)", ylabel="validation loss (nats)")
     curves.legend(frameon=False, fontsize=8)
-    ends.margins(x=0.18, y=0.1)
+    ends.margins(x=0.25, y=0.1)
     ends.set(xlabel="parameters in all (millions)", ylabel="validation loss at the end (nats)")
     for axes in (curves, ends):
         axes.spines[["top", "right"]].set_visible(False)
