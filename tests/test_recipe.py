@@ -46,14 +46,15 @@ def problems(tmp_path: Path, text: str, *overrides: str) -> list[str]:
     return str(caught.value).replace(str(tmp_path) + "/", "").splitlines()
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "recipes").glob("*.yaml")), ids=lambda p: p.name)
+@pytest.mark.parametrize("path", sorted((ROOT / "recipes").rglob("*.yaml")), ids=lambda p: p.name)
 def test_shipped_recipes_load(path: Path) -> None:
     recipe = load_recipe(path)
     assert recipe.name == path.stem
     plan = plan_recipe(recipe)
     assert [entry["stage"] for entry in plan] == [stage.stage for stage in recipe.stages]
     sizes = [entry["params_total"] for entry in plan if "params_total" in entry]
-    assert sizes == sorted(sizes)
+    grows = any(stage.stage == "grow" for stage in recipe.stages)
+    assert sizes == sorted(sizes) or not grows
 
 
 def test_a_plan_works_out_every_shape(tmp_path: Path) -> None:
