@@ -206,7 +206,7 @@ class TrainStage(Strict):
                 "optimizer.state and optimizer.new_warmup are for a model, not a new one"
             )
         warmup = self.optimizer.new_warmup
-        if "new_lr_ratio" in self.optimizer.model_fields_set and not warmup:
+        if self.optimizer.new_lr_ratio != OptimizerModel().new_lr_ratio and not warmup:
             raise ValueError("optimizer.new_lr_ratio needs optimizer.new_warmup")
         if 0 < warmup < 1 and round(warmup * self.steps) < 1:
             raise ValueError(
