@@ -225,11 +225,12 @@ def resident_kb(field: str) -> int:
 
 
 def with_peak(
-    call: Callable[[], Tensor], device: str, allocator: str
+    call: Callable[[], Tensor], release: Callable[[], None], device: str, allocator: str
 ) -> tuple[Tensor, float | None]:
     """The call's result, and the MB that it needed at its peak beside what was there before. It is
     the second call: the first one also fills the libraries' own caches, once for all layers."""
     call()
+    release()
     if device == "cuda":
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
@@ -422,7 +423,8 @@ class Bench:
                     layer.module.train(cell.backward)
                 want = want or expected(shared, batch, cell, raw, cell.backward)
                 once = functools.partial(run, layer, batch, cell.backward)
-                y, peak = with_peak(once, self.options.device, self.options.allocator)
+                let_go = functools.partial(release, layer, batch)
+                y, peak = with_peak(once, let_go, self.options.device, self.options.allocator)
                 if not name.startswith("dense"):
                     rows[name]["difference"] = check(layer, batch, cell, want, y)
                     rows[name]["weights"] = "raw" if raw else "renormalised"
