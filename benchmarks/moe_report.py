@@ -139,12 +139,16 @@ def report(document: dict[str, Any]) -> None:
 
 
 def merged(documents: list[dict[str, Any]]) -> dict[str, Any]:
-    """One document with the rows of all; exits where they are not of one commit and machine."""
-    for field in ("commit", "cpu", "versions", "hidden", "ffn", "allocator", "device"):
+    """One document with the rows of all; exits where they are not of one machine and setting. Runs
+    of several commits are named."""
+    for field in ("cpu", "versions", "hidden", "ffn", "allocator", "device"):
         found = {json.dumps(document["config"][field]) for document in documents}
         if len(found) > 1:
             sys.exit(f"error: the runs differ in {field}: {', '.join(sorted(found))}")
     config = dict(documents[0]["config"])
+    commits = {document["config"]["commit"][:10] for document in documents}
+    if len(commits) > 1:
+        print(f"The parts are of commits {', '.join(sorted(commits))}.\n")
     used = {name for document in documents for name in document["config"]["impl"]}
     config["impl"] = [name for name in BUILDERS if name in used]
     rows = [row for document in documents for row in document["rows"]]

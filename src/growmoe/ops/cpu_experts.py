@@ -199,9 +199,10 @@ def _backward_looped(
 ) -> tuple[Tensor | None, ...]:  # fmt: skip
     """Writes rows.dx_SD; returns the gradients of the experts' tensors that are `wanted`."""
     active, sizes = _active(counts_E.tolist())
-    # an expert without rows gets zeros: all at once, or where it stands
-    empty = torch.empty_like if len(active) == len(counts_E) else torch.zeros_like
-    grads = [empty(t) if t is not None and want else None for t, want in zip(w, wanted)]
+    grads = [
+        _zero_but(active, torch.empty_like(tensor)) if tensor is not None and want else None
+        for tensor, want in zip(w, wanted)
+    ]
     dup_ERD, ddown_EDF, dup_bias_ER, ddown_bias_ED = grads
     inputs, outputs = _rows_by(rows.x_TD, rows.tokens_S, sizes), rows.gradients_by(sizes)
     for expert, h_SR, x_SD, dy_SD, dx_SD in zip(
@@ -219,6 +220,15 @@ def _backward_looped(
         if ddown_bias_ED is not None:
             torch.sum(dy_SD, 0, out=ddown_bias_ED[expert])
     return tuple(grads)
+
+
+def _zero_but(active: list[int], grad: Tensor) -> Tensor:
+    """`grad` with zeros for all experts but the `active` ones, which are left as they are: every
+    gap between them in one call, and nothing written twice."""
+    for after, before in zip([-1, *active], [*active, len(grad)]):
+        if before - after > 1:
+            grad[after + 1 : before].zero_()
+    return grad
 
 
 def _backward_grouped(
