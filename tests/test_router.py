@@ -182,9 +182,8 @@ def test_dropped_choices_add_nothing_and_are_counted(drop: str) -> None:
     assert routing.counts_E.sum() == 48
     assert lost == 48 - int(routing.kept_E.sum()) > 0
     assert routing.kept_E.max() <= capacity(24, 2, 4, 0.5)
-    table = with_capacity(
-        routing.experts_TK, routing.weights_TK, 4, capacity(24, 2, 4, 0.5), drop
-    )  # fmt: skip
+    scores = routing.scores_TE.gather(1, routing.experts_TK)
+    table = with_capacity(routing.experts_TK, scores, 4, capacity(24, 2, 4, 0.5), drop)
     dropped = set(table.order_S[int(table.counts_E.sum()) :].tolist())
     expected = torch.zeros(24, 36)
     for t in range(24):
@@ -200,6 +199,19 @@ def test_dropped_choices_add_nothing_and_are_counted(drop: str) -> None:
     wanted = torch.autograd.grad(expected.square().sum(), [x, block.moe.experts.down])
     for got, want in zip(grads, wanted):
         assert torch.allclose(got, want, rtol=1e-3, atol=1e-3)
+
+
+def test_a_single_renormalised_choice_is_kept_by_its_score() -> None:
+    """Its weight is 1 whatever the router thinks of it."""
+    made = router(top_k=1).train()
+    made.policy = RoutingPolicy(capacity_factor=0.5, drop="probability")
+    routing, _ = made(torch.randn(60, 36))
+    chosen = routing.scores_TE.gather(1, routing.experts_TK)[:, 0]
+    for e in range(6):
+        mine = routing.experts_TK[:, 0] == e
+        kept, lost = (chosen[mine & (routing.kept_TK[:, 0] == flag)] for flag in (True, False))
+        assert not len(lost) or kept.min() >= lost.max()
+    assert routing.kept_E.sum() < 60
 
 
 def test_a_large_capacity_drops_nothing_and_eval_never_does() -> None:

@@ -78,7 +78,9 @@ class Router(nn.Module):
         kept_TK = None
         if self.training and factor is not None:
             limit = capacity(T, self.config.top_k, E, factor)
-            table = with_capacity(experts_TK, weights_TK, E, limit, self.policy.drop)
+            # scores, not weights: one renormalised weight is always 1
+            chosen_TK = scores_TE.detach().gather(1, experts_TK)
+            table = with_capacity(experts_TK, chosen_TK, E, limit, self.policy.drop)
             kept_TK = table.kept_like(experts_TK)
         routing = Routing(
             logits_TE, scores_TE, experts_TK, weights_TK, counts_E, table.counts_E,

@@ -7,7 +7,7 @@ exactly when that sum, times a constant scale, is one for every token.
 from dataclasses import dataclass, fields
 from typing import Any, Literal
 
-from growmoe.errors import UsageError
+from growmoe.errors import GrowmoeError, UsageError
 from growmoe.models.config import Mix, ModelConfig, MoEConfig
 
 _MOE_FAMILY = {
@@ -141,7 +141,10 @@ def upcycled_config(source: ModelConfig, up: Upcycling) -> ModelConfig:
         groups=up.groups, top_groups=up.top_groups,
         mix=up.residual, fixed_ffn_size=source.ffn_size if up.residual != "none" else 0,
     )  # fmt: skip
-    return source.replace(moe=moe, family=_MOE_FAMILY.get(source.family, source.family))
+    try:
+        return source.replace(moe=moe, family=_MOE_FAMILY.get(source.family, source.family))
+    except GrowmoeError as error:
+        raise UsageError(f"cannot upcycle: {error}") from None
 
 
 def why_lossy(up: Upcycling, experts: tuple[int, ...]) -> str | None:

@@ -101,7 +101,7 @@ def _forward(
 
 def _combined(y_TKD: Tensor, weights_TK: Tensor) -> Tensor:
     """y_TD: every token's outputs, weighted and added up. For one or two outputs without torch's
-    batched product, which in bfloat16 is five times slower then."""
+    batched product, which is slower then."""
     w_TK, K = weights_TK.to(y_TKD.dtype), weights_TK.shape[1]
     if K > 2:
         return torch.bmm(w_TK.unsqueeze(1), y_TKD).squeeze(1)

@@ -41,7 +41,7 @@ def mapping_table(experts_TK: Tensor, num_experts: int) -> MappingTable:
     """The table of int64 choices [T,K] among `num_experts` experts."""
     flat_S = experts_TK.reshape(-1)
     if plain_cpu(flat_S) and num_experts < 2**15:
-        # numpy sorts 16-bit keys by radix, ten times faster than torch sorts 64-bit ones
+        # numpy sorts 16-bit keys by radix, in less than half the time of torch's stable sort
         keys_S = flat_S.numpy().astype(np.int16)
         order_S = torch.from_numpy(np.argsort(keys_S, kind="stable"))
         return MappingTable(order_S, torch.from_numpy(np.bincount(keys_S, minlength=num_experts)))
@@ -62,19 +62,19 @@ def capacity(tokens: int, top_k: int, num_experts: int, factor: float) -> int:
 
 
 def with_capacity(
-    experts_TK: Tensor, weights_TK: Tensor, num_experts: int, limit: int, drop: Drop
+    experts_TK: Tensor, scores_TK: Tensor, num_experts: int, limit: int, drop: Drop
 ) -> MappingTable:
     """The table when no expert takes more than `limit` rows.
 
     `position` keeps first choices before second ones, then earlier tokens (GShard); `probability`
-    keeps the choices with the largest weights, earlier tokens first among equals.
+    keeps the choices with the largest scores, earlier tokens first among equals.
     """
     T, K = experts_TK.shape
     flat_S = experts_TK.reshape(-1)
     if drop == "position":
         priority_S = torch.arange(T * K, device=flat_S.device).view(T, K).t().reshape(-1)
     else:
-        priority_S = torch.argsort(weights_TK.detach().reshape(-1), descending=True, stable=True)
+        priority_S = torch.argsort(scores_TK.reshape(-1), descending=True, stable=True)
     by_expert = torch.argsort(flat_S[priority_S], stable=True)
     ranked_S = priority_S[by_expert]  # sorted by expert, then by priority
     _, counts_E = mapping_table_reference(experts_TK, num_experts)

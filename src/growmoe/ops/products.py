@@ -1,8 +1,8 @@
 """The three matrix products of a linear layer on a CPU, each by the fastest kernel torch has.
 
 In float32 that is oneDNN, which uses the whole vector width of every x86 processor; torch's own
-`mm` goes to MKL, which on AMD does not (2.3 times slower on a Zen 5: 113 against 260 GFLOP/s,
-`benchmarks/products.py`). torch reaches oneDNN for float32 through an operator that its compiler
+`mm` goes to MKL, which on AMD does not: 104 against 233 GFLOP/s for 1024 rows on a Zen 5
+(`benchmarks/products.py`). torch reaches oneDNN for float32 through an operator that its compiler
 uses, `mkldnn::_linear_pointwise`; nothing promises that it stays, so it is tried once and `mm` is
 used where it fails. No autograd here. Letters: S rows, D and F widths.
 """

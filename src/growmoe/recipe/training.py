@@ -152,7 +152,7 @@ class RoutingModel(Strict):
     capacity_factor: Positive | None = None
     """No expert takes more than ceil(factor T k / E) rows of a micro batch; null drops nothing."""
     drop: Literal["position", "probability"] = "position"
-    """Rows that go over capacity: late tokens and second choices, or those of least weight."""
+    """Rows that go over capacity: late tokens and second choices, or those of least score."""
     bias_rate: NonNegative = 0.0
     """Step of the selection bias that balances the load without a loss; 0.001 in the papers."""
     ranking: RankingModel | None = None

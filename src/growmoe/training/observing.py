@@ -19,7 +19,6 @@ _DEAD = 0.01
 """Below this share of the mean recent load an expert counts as dead."""
 _SAMPLE = 1 << 16
 """Elements of an expert that its similarity to others is computed from."""
-GROUPS = ("router", "experts", "fixed", "attention", "dense", "embedding", "norm")
 
 
 class RoutingMonitor:
@@ -139,8 +138,9 @@ def similarities(model: nn.Module) -> dict[str, list[float]]:
 
 
 def group_of(name: str) -> str:
-    """The group of GROUPS that the parameter `name` belongs to (`fixed`: the branch beside the
-    experts and its mixing coefficients; a dense layer's feed-forward is `dense`)."""
+    """The group that the parameter `name` belongs to: router, experts, fixed (the branch beside
+    them, its mixing coefficients), attention, dense (a dense layer's feed-forward), embedding or
+    norm."""
     if ".moe.router." in name:
         return "router"
     if ".moe.experts." in name:
