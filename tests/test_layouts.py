@@ -126,6 +126,13 @@ def test_expert_counts() -> None:
     [
         ({"experts": [0, 4], "pyramid": 1}, "pyramid contradicts a list of experts"),
         ({"top_groups": 2}, "top_groups needs groups"),
+        ({"groups": 3}, "8 experts are not a multiple of groups 3"),
+        ({"groups": 2, "top_groups": 3}, "top_groups 3 is more than groups 2"),
+        ({"groups": 8}, r"1 of 8 groups hold fewer than top_k \(2\) of 8 experts"),
+        (
+            {"experts": [0, 4, 6], "groups": 4, "top_groups": 2},
+            "6 experts are not a multiple of groups 4",
+        ),
         ({"experts": 2, "top_k": 3}, "are fewer than top_k"),
     ],
 )

@@ -80,4 +80,15 @@ class ExpertLayout(Strict):
             raise ValueError("pyramid contradicts a list of experts, which says it all")
         if self.top_groups != 1 and self.groups == 1:
             raise ValueError("top_groups needs groups")
+        if self.top_groups > self.groups:
+            raise ValueError(f"top_groups {self.top_groups} is more than groups {self.groups}")
+        counts = [self.experts] if isinstance(self.experts, int) else self.experts
+        for count in sorted({count for count in counts if count}):
+            if count % self.groups:
+                raise ValueError(f"{count} experts are not a multiple of groups {self.groups}")
+            if count // self.groups * self.top_groups < self.top_k:
+                raise ValueError(
+                    f"{self.top_groups} of {self.groups} groups hold fewer than top_k "
+                    f"({self.top_k}) of {count} experts"
+                )
         return self
