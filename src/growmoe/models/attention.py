@@ -83,7 +83,11 @@ def rotate(x_BHTC: Tensor, tables_2TC: Tensor) -> Tensor:
 
 
 class Cache:
-    """Keys and values of the tokens seen so far, one pair of tensors per layer."""
+    """Keys and values of the tokens seen so far, one pair of tensors per layer.
+
+    The model asks only where the new tokens stand and what attending gives, so that an engine can
+    keep keys and values elsewhere and in other forms.
+    """
 
     def __init__(self) -> None:
         self.keys: dict[int, Tensor] = {}
@@ -94,6 +98,14 @@ class Cache:
         """Tokens held."""
         return next(iter(self.keys.values())).shape[2] if self.keys else 0
 
+    def positions(self, new: int, device: torch.device) -> Tensor:
+        """Positions [T] of the `new` tokens that come next."""
+        return torch.arange(self.length, self.length + new, device=device)
+
+    def last_position(self, new: int) -> int:
+        """The largest of `positions`, without asking a device."""
+        return self.length + new - 1
+
     def append(self, layer: int, k_BKTC: Tensor, v_BKTC: Tensor) -> tuple[Tensor, Tensor]:
         """Add new keys and values of `layer`; returns all of them [B,K,S,C]."""
         if layer in self.keys:
@@ -101,6 +113,33 @@ class Cache:
             v_BKTC = torch.cat((self.values[layer], v_BKTC), dim=2)
         self.keys[layer], self.values[layer] = k_BKTC, v_BKTC
         return k_BKTC, v_BKTC
+
+    def attend(
+        self,
+        layer: int,
+        q_BHTC: Tensor,
+        k_BKTC: Tensor,
+        v_BKTC: Tensor,
+        window: int | None,
+        real_BS: Tensor | None,
+    ) -> Tensor:
+        """Keep the new keys and values of `layer`; returns what the queries find [B,H,T,C]."""
+        return attend(q_BHTC, *self.append(layer, k_BKTC, v_BKTC), window, real_BS)
+
+
+def attend(
+    q_BHTC: Tensor, k_BKSC: Tensor, v_BKSC: Tensor, window: int | None, real_BS: Tensor | None
+) -> Tensor:
+    """Causal attention of the last T of S tokens: [B,H,T,C]. Query head h reads key/value head
+    h // (H/K); `window` and `real_BS` as in `Attention`."""
+    groups = q_BHTC.shape[1] // k_BKSC.shape[1]
+    if groups > 1:
+        k_BKSC = k_BKSC.repeat_interleave(groups, dim=1)
+        v_BKSC = v_BKSC.repeat_interleave(groups, dim=1)
+    mask = _mask(q_BHTC.shape[2], k_BKSC.shape[2], window, q_BHTC.device, real_BS)
+    return F.scaled_dot_product_attention(
+        q_BHTC, k_BKSC, v_BKSC, attn_mask=mask, is_causal=mask is None
+    )
 
 
 class Attention(nn.Module):
@@ -139,13 +178,10 @@ class Attention(nn.Module):
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
         if rotary is not None:
             q, k = rotate(q, rotary), rotate(k, rotary)
-        if cache is not None:
-            k, v = cache.append(self.layer, k, v)
-        groups = config.num_heads // config.num_kv_heads
-        if groups > 1:
-            k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
-        mask = _mask(T, k.shape[2], config.sliding_window, x_BTD.device, real_BS)
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
+        if cache is None:
+            y = attend(q, k, v, config.sliding_window, real_BS)
+        else:
+            y = cache.attend(self.layer, q, k, v, config.sliding_window, real_BS)
         return self.o(y.transpose(1, 2).reshape(B, T, -1))
 
 

@@ -75,26 +75,31 @@ class Transformer(nn.Module):
             self.head: nn.Linear = Linear(config.hidden_size, config.vocab_size, bias=False)
 
     def forward(
-        self, tokens_BT: Tensor, cache: Cache | None = None, real_BS: Tensor | None = None
+        self,
+        tokens_BT: Tensor,
+        cache: Cache | None = None,
+        real_BS: Tensor | None = None,
+        rows_N: Tensor | None = None,
     ) -> Output:
         """Logits for every position; with a cache the tokens follow those it holds.
+
+        `rows_N` picks the positions whose logits are wanted: they come as [B,N,V].
 
         `real_BS` is False where a token, held or new, is padding: such tokens take no position and
         no real one attends to them. Raises GrowmoeError when learned positions run out.
         """
-        T, start = tokens_BT.shape[1], cache.length if cache is not None else 0
+        T, held = tokens_BT.shape[1], Cache() if cache is None else cache
         if real_BS is None:
-            positions = torch.arange(start, start + T, device=tokens_BT.device)
+            positions, last = held.positions(T, tokens_BT.device), held.last_position(T)
         else:
             positions = (real_BS.cumsum(1) - 1).clamp(min=0)[:, -T:]
+            last = -1 if self.config.positions == "rope" else int(positions.max())
         x_BTD = self.embed(tokens_BT)
         rotary = None
         if self.config.positions == "rope":
             rotary = rotary_tables(self.config, positions, x_BTD.dtype)
             rotary = rotary if real_BS is None else rotary[:, :, None]  # the same for every head
-        elif (start + T if real_BS is None else int(positions.max()) + 1) > (
-            self.config.max_positions
-        ):
+        elif last >= self.config.max_positions:
             raise GrowmoeError(f"the model has only {self.config.max_positions} positions")
         else:
             x_BTD = x_BTD + self.positions(positions)
@@ -108,7 +113,7 @@ class Transformer(nn.Module):
                 x_BTD, routed = block(x_BTD, rotary, cache, real_BS)
             if routed is not None:
                 routing.append(routed)
-        x_BTD = self.norm(x_BTD)
+        x_BTD = self.norm(x_BTD if rows_N is None else x_BTD[:, rows_N])
         if self.config.tied_head:
             return Output(linear(x_BTD, self.embed.weight), routing)
         return Output(self.head(x_BTD), routing)
