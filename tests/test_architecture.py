@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).resolve().parent.parent / "src" / "growmoe"
-LEAVES = {"errors", "files", "progress", "__init__"}
+LEAVES = {"errors", "files", "memory", "progress", "__init__"}
 TORCH_FREE_MODELS = {
-    "config", "families", "gguf_arch", "gguf_header", "gguf_tokenizer", "growing", "presets",
-    "safetensors_header", "shapes", "targets", "upcycling",
+    "config", "families", "footprint", "gguf_arch", "gguf_header", "gguf_tokenizer", "growing",
+    "presets", "safetensors_header", "shapes", "targets", "upcycling",
 }  # fmt: skip
 # read only when a recipe is given a tokenizer
 LATE = {"growmoe.data.tokenizer"}
@@ -19,6 +19,7 @@ LATE = {"growmoe.data.tokenizer"}
 ALLOWED = {
     "errors": set(),
     "files": set(),
+    "memory": set(),
     "progress": set(),
     "__init__": set(),
     "recipe": set(),

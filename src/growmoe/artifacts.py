@@ -1,6 +1,5 @@
 """What several stages need: texts for checks, losses of a model, lineage, publishing a model."""
 
-import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -33,24 +32,6 @@ def sizes(config: ModelConfig) -> dict[str, int]:
 def lineage_of(path: Path) -> dict[str, Any]:
     """growmoe.json of a model directory; empty for GGUF files and models from elsewhere."""
     return Directory(path).lineage() if path.is_dir() else {}
-
-
-def free_memory() -> int:
-    """Bytes of memory that can still be used without swapping, inside the container's limit."""
-    group = Path("/sys/fs/cgroup")
-    if (group / "memory.max").exists() and (group / "memory.current").exists():
-        limit = (group / "memory.max").read_text().strip()
-        if limit != "max":
-            used = int((group / "memory.current").read_text())
-            return min(_machine_memory(), max(0, int(limit) - used))
-    return _machine_memory()
-
-
-def _machine_memory() -> int:
-    for line in Path("/proc/meminfo").read_text().splitlines():
-        if line.startswith("MemAvailable:"):
-            return int(line.split()[1]) * 1024
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def check_sequences(

@@ -16,7 +16,6 @@ from growmoe.artifacts import (
     check_sequences,
     corpus_loss,
     fitting_corpus,
-    free_memory,
     history,
     lineage_of,
     note,
@@ -26,6 +25,7 @@ from growmoe.artifacts import (
 from growmoe.errors import GrowmoeError, UsageError
 from growmoe.files import read_json, write_json
 from growmoe.growth.verify import Comparison, compare
+from growmoe.memory import free_memory
 from growmoe.models.checkpoint import (
     Directory,
     Source,

@@ -24,7 +24,8 @@ DTYPES = {
     "float16": torch.float16,
 }
 _CODE_OF = {name: code for code, name in CODES.items()}
-FINITE_CHUNK = 1 << 20
+_CHUNK = 1 << 22
+"""Elements that are converted at a time when writing."""
 
 
 class TensorFile:
@@ -78,10 +79,11 @@ class TensorFile:
 
 
 def is_finite(tensor: Tensor) -> bool:
-    """Whether no element is NaN or infinite, found out in pieces (masks of a whole tensor would
-    double the memory)."""
-    flat = tensor.reshape(-1)
-    return all(bool(torch.isfinite(part).all()) for part in flat.split(FINITE_CHUNK))
+    """Whether no element is NaN or infinite. The extremes tell (NaN is both), in one pass and
+    without a mask."""
+    if not tensor.numel():
+        return True
+    return bool(torch.isfinite(torch.stack(torch.aminmax(tensor))).all())
 
 
 def numel(shape: tuple[int, ...]) -> int:
@@ -140,7 +142,7 @@ def _write_tensor(stream: BinaryIO, name: str, tensor: Tensor, dtype: torch.dtyp
     """Write row-major bytes, converting in pieces."""
     if not tensor.numel():
         return
-    for part in tensor.detach().contiguous().view(-1).split(FINITE_CHUNK * 4):
+    for part in tensor.detach().contiguous().view(-1).split(_CHUNK):
         stored = part.to(dtype)
         if dtype == torch.float16 and not torch.isfinite(stored).all():
             raise GrowmoeError(

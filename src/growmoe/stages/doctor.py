@@ -18,7 +18,7 @@ def run() -> dict[str, Any]:
     import torch
     import torch.nn.functional as F
 
-    from growmoe.artifacts import free_memory
+    from growmoe.memory import free_memory
     from growmoe.ops.products import onednn
     from growmoe.training.trainer import native_bfloat16
 

@@ -11,10 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from growmoe.artifacts import check_sequences, free_memory, history, lineage_of, note, sizes
+from growmoe.artifacts import check_sequences, history, lineage_of, note, sizes
 from growmoe.errors import GrowmoeError
 from growmoe.growth.portable import reshaped
 from growmoe.growth.verify import agreement
+from growmoe.memory import free_memory
 from growmoe.models.checkpoint import Directory, Source, open_source
 from growmoe.models.lineage import write_lineage
 from growmoe.models.streamed import streamed_logits

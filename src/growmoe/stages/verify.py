@@ -6,12 +6,12 @@ from typing import Any
 from growmoe.artifacts import (
     check_sequences,
     declared_exact,
-    free_memory,
     note,
     report_check,
     sizes,
 )
 from growmoe.growth.verify import compare
+from growmoe.memory import free_memory
 from growmoe.models.checkpoint import open_source
 from growmoe.recipe import VerifyStage
 

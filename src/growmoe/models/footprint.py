@@ -1,0 +1,266 @@
+"""Memory that serving a model takes, worked out before a weight is read. Imports no torch.
+
+`admit` says what weights, KV cache and one step need, or refuses in one sentence that names what
+would fit. Letters as in `config`; N tokens of a step.
+"""
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from growmoe.errors import UsageError
+from growmoe.models.config import DTYPE_BYTES, ModelConfig, moe_layers, tensor_shapes
+
+Form = Literal["float32", "bfloat16", "int8", "int4"]
+FORMS: tuple[Form, ...] = ("float32", "bfloat16", "int8", "int4")
+GROUP = 32
+"""Weights along the input dimension that share one bfloat16 scale in int8 and int4."""
+BLOCK = 16
+"""Tokens of one block of the KV cache."""
+SLOT_ALIGN = 64
+"""An expert's tensors start at multiples of this in a slot of the expert cache."""
+_KV_SHARE = 0.8
+"""Part of what weights and a step leave that the KV cache takes when nobody says."""
+_FEWEST_BLOCKS = 16
+_FLOAT = 4
+
+
+@dataclass(frozen=True, kw_only=True)
+class Wanted:
+    """How a model is to be served."""
+
+    form: Form = "bfloat16"
+    kv_dtype: str = "bfloat16"
+    step_tokens: int = 512
+    """Most tokens of one step."""
+    max_sequences: int = 16
+    """Most sequences that run at a time."""
+    context: int | None = None
+    """Longest sequence; None: what the model was made for."""
+    kv_blocks: int | None = None
+    """Blocks of the KV cache; None: what fits."""
+    expert_memory: int | None = None
+    """Bytes for experts in memory; None: all of them."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Footprint:
+    """Bytes that serving takes, part by part."""
+
+    weights: int
+    """Everything but the routed experts that are cached from disk."""
+    expert_cache: int
+    kv_cache: int
+    step: int
+    kv_blocks: int
+    experts_in_memory: int
+    experts: int
+    free: int | None = None
+
+    @property
+    def total(self) -> int:
+        """Bytes in all."""
+        return self.weights + self.expert_cache + self.kv_cache + self.step
+
+    def report(self) -> dict[str, Any]:
+        """For a JSON line."""
+        return {**dataclasses.asdict(self), "total": self.total}
+
+
+def matrix_bytes(rows: int, columns: int, form: Form) -> int:
+    """Bytes of the weight of one linear layer in a form."""
+    if form in DTYPE_BYTES:
+        return rows * columns * DTYPE_BYTES[form]
+    groups = math.ceil(columns / GROUP)
+    values = groups * GROUP if form == "int8" else groups * GROUP // 2
+    return rows * (values + groups * DTYPE_BYTES["bfloat16"])
+
+
+def weight_bytes(config: ModelConfig, form: Form) -> tuple[int, int]:
+    """(bytes of all but the routed experts, bytes of the routed experts).
+
+    Matrices of linear layers are in `form`, the head of an int4 model in int8; embeddings are in
+    bfloat16 (float32 models: float32); routers, norms, mixing layers and biases in float32.
+    """
+    head: Form = "int8" if form == "int4" else form
+    table = DTYPE_BYTES["float32" if form == "float32" else "bfloat16"]
+    others = experts = 0
+    for name, shape in tensor_shapes(config).items():
+        count = math.prod(shape)
+        if name in ("embed.weight", "positions.weight"):
+            others += count * table
+        elif ".moe.experts." in name:
+            experts += matrix_bytes(shape[0], shape[1], form) if len(shape) == 2 else count * _FLOAT
+        elif len(shape) == 1 or ".router." in name or ".mix." in name:
+            others += count * _FLOAT
+        else:
+            others += matrix_bytes(shape[0], shape[1], head if name == "head.weight" else form)
+    if config.tied_head and form in ("int8", "int4"):  # the head is packed, the table is not
+        others += matrix_bytes(config.vocab_size, config.hidden_size, head)
+    return others, experts
+
+
+def expert_bytes(config: ModelConfig, form: Form) -> int:
+    """Bytes of one routed expert, and so of a slot that holds any of them."""
+    moe = config.moe
+    assert moe is not None
+    D, F = config.hidden_size, moe.ffn_size
+    rows = 2 * F if config.activation == "swiglu" else F
+    total = matrix_bytes(rows, D, form) + matrix_bytes(D, F, form)
+    total += (rows + D) * _FLOAT if config.mlp_bias else 0
+    return math.ceil(total / SLOT_ALIGN) * SLOT_ALIGN
+
+
+def block_bytes(config: ModelConfig, kv_dtype: str) -> int:
+    """Bytes of one block of the KV cache, over all layers."""
+    return BLOCK * config.kv_bytes_per_token(kv_dtype)
+
+
+def step_bytes(config: ModelConfig, tokens: int, sequences: int) -> int:
+    """Activations of a step of `tokens` in float32: the residual stream, the widest layer, and
+    logits of every sequence with the copy that sampling makes."""
+    D = config.hidden_size
+    attention = (2 * config.num_heads + 2 * config.num_kv_heads) * config.head_dim
+    gated = 3 if config.activation == "swiglu" else 2
+    widths = [attention, gated * config.ffn_size]
+    if config.moe is not None:
+        fixed = gated * config.moe.fixed_ffn_size + D
+        widths.append(fixed + config.moe.top_k * (gated * config.moe.ffn_size + 2 * D))
+    per_token = 4 * D + max(widths)
+    return _FLOAT * (tokens * per_token + 2 * sequences * config.vocab_size)
+
+
+def footprint(config: ModelConfig, wanted: Wanted, free: int | None = None) -> Footprint:
+    """What serving as `wanted` takes; `free` bytes decide about KV blocks where none are asked
+    for. Raises UsageError when `expert_memory` holds fewer experts than a token visits."""
+    weights, experts = weight_bytes(config, wanted.form)
+    count = sum(config.experts_in(layer) for layer in range(config.num_layers))
+    held, cached = count, 0
+    if wanted.expert_memory is not None:
+        held = expert_slots(config, wanted.form, wanted.expert_memory)
+        cached = held * expert_bytes(config, wanted.form)
+    else:
+        weights += experts
+    step = step_bytes(config, wanted.step_tokens, wanted.max_sequences)
+    each = block_bytes(config, wanted.kv_dtype)
+    blocks = wanted.kv_blocks
+    if blocks is None:
+        longest = math.ceil((wanted.context or config.max_positions) / BLOCK)
+        blocks = most = longest * wanted.max_sequences
+        if free is not None:
+            left = int(_KV_SHARE * max(0, free - weights - cached - step))
+            blocks = max(min(_FEWEST_BLOCKS, most), min(most, left // each))
+    return Footprint(
+        weights=weights, expert_cache=cached, kv_cache=blocks * each, step=step, kv_blocks=blocks,
+        experts_in_memory=held, experts=count, free=free,
+    )  # fmt: skip
+
+
+def expert_slots(config: ModelConfig, form: Form, budget: int) -> int:
+    """Experts of `config` that `budget` bytes hold. Raises UsageError when those are fewer than
+    one token visits in a layer, or when there are none to hold."""
+    if config.moe is None:
+        raise UsageError("--expert-memory needs a model with experts, and this one is dense")
+    each = expert_bytes(config, form)
+    slots = min(budget // each, sum(config.moe.experts))
+    if slots < config.moe.top_k:
+        raise UsageError(
+            f"--expert-memory {size(budget)} holds {slots} experts of {size(each)}, but a token "
+            f"visits {config.moe.top_k} at a time; give at least {size(each * config.moe.top_k)}"
+        )
+    return slots
+
+
+def admit(config: ModelConfig, wanted: Wanted, free: int, name: str) -> Footprint:
+    """The footprint of serving `name`, if that fits into `free` bytes.
+
+    Raises UsageError that says what it needs, what is free and what would fit.
+    """
+    found = footprint(config, wanted, free)
+    if found.total <= free:
+        return found
+    fits = _what_fits(config, wanted, free)
+    advice = " or ".join(fits) if fits else f"give it at least {size(_least(config, wanted))}"
+    parts = {
+        "weights": found.weights, "expert cache": found.expert_cache,
+        f"{found.kv_blocks} KV blocks": found.kv_cache, "a step": found.step,
+    }  # fmt: skip
+    listed = ", ".join(f"{part} {size(n)}" for part, n in parts.items() if n)
+    raise UsageError(
+        f"{name} in {wanted.form} needs {size(found.total)} of memory ({listed}), but "
+        f"{size(free)} are free; {'this would fit: ' if fits else 'nothing fits, '}{advice}"
+    )
+
+
+def _what_fits(config: ModelConfig, wanted: Wanted, free: int) -> list[str]:
+    """Single changes of `wanted` that fit, and a change of two where no single one does."""
+    found = []
+    narrower = FORMS[FORMS.index(wanted.form) + 1 :]
+    form = next((f for f in narrower if _fits(config, wanted, free, form=f)), None)
+    if form:
+        found.append(f"--weights {form}")
+    if wanted.kv_blocks is not None and _fits(config, wanted, free, kv_blocks=None):
+        blocks = footprint(config, dataclasses.replace(wanted, kv_blocks=None), free).kv_blocks
+        found.append(f"--kv-blocks {blocks}")
+    for choice in (wanted.form, *narrower):
+        if config.moe is None or (found and choice != wanted.form):
+            break
+        budget = _expert_budget(config, dataclasses.replace(wanted, form=choice), free)
+        if budget is not None:
+            weights = "" if choice == wanted.form else f"--weights {choice} "
+            found.append(f"{weights}--expert-memory {budget >> 20}M")
+            break
+    return found
+
+
+def _fits(config: ModelConfig, wanted: Wanted, free: int, **changes: Any) -> bool:
+    return footprint(config, dataclasses.replace(wanted, **changes), free).total <= free
+
+
+def _expert_budget(config: ModelConfig, wanted: Wanted, free: int) -> int | None:
+    """Whole MiB for experts that leave three quarters of the rest of `free` to them; None when
+    not even the experts of one token fit."""
+    assert config.moe is not None
+    fewest = config.moe.top_k * expert_bytes(config, wanted.form)
+    rest = footprint(config, dataclasses.replace(wanted, expert_memory=fewest), free)
+    left = free - (rest.total - rest.expert_cache)
+    if wanted.kv_blocks is None:
+        left = (free - rest.weights - rest.step) * 3 // 4
+    budget = (left >> 20) << 20
+    if budget < fewest or not _fits(config, wanted, free, expert_memory=budget):
+        return None
+    current = wanted.expert_memory
+    return budget if current is None or budget < current else None
+
+
+def _least(config: ModelConfig, wanted: Wanted) -> int:
+    """Bytes of the smallest way to serve the model with this step."""
+    smallest = dataclasses.replace(wanted, form="int4", kv_blocks=_FEWEST_BLOCKS)
+    if config.moe is not None and moe_layers(config):
+        fewest = config.moe.top_k * expert_bytes(config, "int4")
+        smallest = dataclasses.replace(smallest, expert_memory=fewest)
+    return footprint(config, smallest).total
+
+
+def size(count: int) -> str:
+    """Bytes for a reader: 512 B, 3.4 MiB, 12.0 GiB."""
+    value, unit = float(count), "B"
+    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
+        if value < 1024 or unit == "TiB":
+            break
+        value /= 1024
+    return f"{count} B" if unit == "B" else f"{value:.1f} {unit}"
+
+
+def parse_size(text: str) -> int:
+    """Bytes of `4G`, `512M`, `100K` or a plain number (powers of 1024; iB or B may follow)."""
+    cleaned = text.strip().upper().removesuffix("B").removesuffix("I")
+    factor = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}.get(cleaned[-1:], 1)
+    try:
+        value = float(cleaned if factor == 1 else cleaned[:-1]) * factor
+    except ValueError:
+        value = -1.0
+    if not (math.isfinite(value) and value >= 0):
+        raise UsageError(f"'{text}' is no size; write bytes, or a number with K, M, G or T")
+    return int(value)

@@ -1,0 +1,173 @@
+"""Memory of serving: worked out before a weight is read, and a refusal that helps."""
+
+import math
+import re
+from pathlib import Path
+
+import pytest
+
+from conftest import tiny_config
+from growmoe import memory
+from growmoe.errors import UsageError
+from growmoe.models.config import ModelConfig, MoEConfig
+from growmoe.models.footprint import (
+    BLOCK,
+    FORMS,
+    Wanted,
+    admit,
+    block_bytes,
+    expert_bytes,
+    expert_slots,
+    footprint,
+    matrix_bytes,
+    parse_size,
+    size,
+    weight_bytes,
+)
+from growmoe.models.presets import PRESETS
+
+MOE = MoEConfig(experts=(4, 8, 4), top_k=2, ffn_size=64)
+
+
+def big(**changes: object) -> ModelConfig:
+    """A mixture of some 300 MB in bfloat16, nearly all of it experts."""
+    return tiny_config(
+        hidden_size=256, head_dim=32, num_heads=8, num_kv_heads=2, vocab_size=1000,
+        moe=MoEConfig(experts=(32, 64, 96), top_k=2, ffn_size=1024), **changes,
+    )  # fmt: skip
+
+
+def test_quantised_matrices_carry_a_scale_per_group() -> None:
+    assert matrix_bytes(3, 64, "float32") == 3 * 64 * 4
+    assert matrix_bytes(3, 64, "int8") == 3 * (64 + 2 * 2)
+    assert matrix_bytes(3, 64, "int4") == 3 * (32 + 2 * 2)
+    assert matrix_bytes(3, 33, "int8") == 3 * (64 + 2 * 2)
+
+
+@pytest.mark.parametrize("form", ["float32", "bfloat16"])
+def test_plain_weights_are_the_parameters(form: str) -> None:
+    config = tiny_config(moe=MOE)
+    bytes_of = 4 if form == "float32" else 2
+    total = sum(weight_bytes(config, form))
+    norms_and_routers = 36 * (1 + 2 * 3 + 16)
+    assert total == config.params_total() * bytes_of + norms_and_routers * (4 - bytes_of)
+
+
+def test_what_is_free_bounds_the_blocks_and_need_bounds_them_too() -> None:
+    config = tiny_config()
+    wanted = Wanted(max_sequences=3)
+    assert footprint(config, wanted, 1 << 40).kv_blocks == 3 * 160 // BLOCK
+    base = footprint(config, wanted)
+    tight = base.total - base.kv_cache + 25 * block_bytes(config, "bfloat16")
+    assert footprint(config, wanted, tight).kv_blocks == 20
+    assert footprint(config, Wanted(kv_blocks=7), 0).kv_blocks == 7
+
+
+def test_what_fits_is_admitted_to_the_byte() -> None:
+    config = big()
+    wanted = Wanted(kv_blocks=20, form="int4")
+    need = footprint(config, wanted).total
+    assert admit(config, wanted, need, "m").total == need
+    with pytest.raises(UsageError, match="needs"):
+        admit(config, wanted, need - 1, "m")
+
+
+def suggestions(message: str) -> list[dict[str, str]]:
+    """The ways that a refusal names, as options."""
+    ways = message.split("this would fit: ")[1].split(" or ")
+    return [dict(re.findall(r"--([\w-]+) (\S+)", way)) for way in ways]
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("share", [0.9, 0.6, 0.3, 0.1])
+@pytest.mark.parametrize("blocks", [None, 64])
+def test_every_suggestion_would_be_admitted(form: str, share: float, blocks: int | None) -> None:
+    config = big()
+    wanted = Wanted(form=form, kv_blocks=blocks, step_tokens=64)
+    free = int(share * footprint(config, wanted).total)
+    try:
+        admit(config, wanted, free, "m")
+    except UsageError as refusal:
+        ways = suggestions(str(refusal))
+        assert ways
+        for way in ways:
+            changed = Wanted(
+                form=way.get("weights", form),
+                kv_blocks=int(way["kv-blocks"]) if "kv-blocks" in way else blocks,
+                step_tokens=64,
+                expert_memory=parse_size(way["expert-memory"]) if "expert-memory" in way else None,
+            )
+            assert admit(config, changed, free, "m").total <= free
+    else:
+        assert blocks is None  # fewer blocks of its own choice
+
+
+def test_the_refusal_says_needs_free_and_what_fits_in_one_sentence() -> None:
+    with pytest.raises(UsageError) as caught:
+        admit(big(), Wanted(kv_blocks=64, step_tokens=64), 200 << 20, "models/x")
+    assert str(caught.value) == (
+        "models/x in bfloat16 needs 293.0 MiB of memory (weights 290.1 MiB, 64 KV blocks 768.0 "
+        "KiB, a step 2.2 MiB), but 200.0 MiB are free; this would fit: --weights int8 or "
+        "--expert-memory 194M"
+    )
+
+
+def test_a_machine_too_small_for_anything_is_told_how_much_it_takes() -> None:
+    config = big()
+    with pytest.raises(UsageError, match=r"nothing fits, give it at least (.*)") as caught:
+        admit(config, Wanted(step_tokens=64), 1 << 20, "m")
+    least = parse_size(str(caught.value).rsplit("least ")[1].replace(" ", ""))
+    assert least > 1 << 20
+    experts = 2 * expert_bytes(config, "int4")
+    tried = Wanted(form="int4", step_tokens=64, expert_memory=experts, kv_blocks=16)
+    assert admit(config, tried, int(least * 1.05), "m")
+
+
+def test_expert_memory_must_hold_what_a_token_visits() -> None:
+    config, each = tiny_config(moe=MOE), expert_bytes(tiny_config(moe=MOE), "int8")
+    assert expert_slots(config, "int8", 2 * each) == 2
+    assert expert_slots(config, "int8", 1 << 40) == 16
+    with pytest.raises(UsageError, match=r"holds 1 experts of .*visits 2"):
+        expert_slots(config, "int8", 2 * each - 1)
+    with pytest.raises(UsageError, match="dense"):
+        footprint(tiny_config(), Wanted(expert_memory=1 << 30))
+
+
+def test_offloaded_experts_leave_the_weights() -> None:
+    config = big()
+    all_in, cached = footprint(config, Wanted()), footprint(config, Wanted(expert_memory=10 << 20))
+    others, experts = weight_bytes(config, "bfloat16")
+    assert (all_in.weights, all_in.expert_cache) == (others + experts, 0)
+    assert cached.weights == others
+    assert cached.experts_in_memory == (10 << 20) // expert_bytes(config, "bfloat16")
+    assert cached.expert_cache <= 10 << 20
+
+
+@pytest.mark.parametrize("name", sorted(PRESETS))
+def test_known_models_have_a_footprint_in_every_form(name: str) -> None:
+    sizes = [footprint(PRESETS[name], Wanted(form=form)).weights for form in FORMS]
+    assert sizes == sorted(sizes, reverse=True)
+
+
+def test_sizes_are_read_and_written() -> None:
+    assert [parse_size(t) for t in ("4G", "1.5MiB", "100kb", "12")] == [
+        4 << 30, 3 << 19, 100 << 10, 12,
+    ]  # fmt: skip
+    assert [size(n) for n in (12, 1536, 3 << 40)] == ["12 B", "1.5 KiB", "3.0 TiB"]
+    for wrong in ("", "G", "-1", "nan", "4X"):
+        with pytest.raises(UsageError, match="no size"):
+            parse_size(wrong)
+
+
+def test_free_memory_knows_the_limit_of_a_container(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(memory, "_GROUP", tmp_path)
+    machine = memory.free_memory()
+    assert machine > 0
+    (tmp_path / "memory.max").write_text(f"{1 << 20}\n")
+    (tmp_path / "memory.current").write_text(f"{700 << 10}\n")
+    (tmp_path / "memory.stat").write_text(f"anon 1\ninactive_file {300 << 10}\n")
+    assert memory.free_memory() == (1 << 20) - (400 << 10)
+    (tmp_path / "memory.max").write_text("max\n")
+    assert math.isclose(memory.free_memory(), machine, rel_tol=0.5)
