@@ -109,8 +109,11 @@ class Router(nn.Module):
                 routed = triton_routing.route(
                     logits_TE, top_k, self.config.scoring, renormalize, bias_E
                 )
-                order_S = triton_routing.mapping_table(routed.experts_TK, routed.starts_BE)
-                table = MappingTable(order_S, routed.counts_E)
+                table = MappingTable(
+                    lambda: triton_routing.mapping_table(routed.experts_TK, routed.starts_BE),
+                    routed.counts_E,
+                    routed.experts_TK,
+                )
                 return routed.scores_TE, routed.experts_TK, routed.weights_TK, table
         soft = self.config.scoring == "softmax"
         scores_TE = logits_TE.softmax(-1) if soft else logits_TE.sigmoid()

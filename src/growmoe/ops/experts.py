@@ -1,7 +1,8 @@
 """Routed feed-forward experts through a mapping table: gather rows, two grouped products, combine.
 
 `expert_mlp` picks the implementation by device: on a CPU `cpu_experts`, on a GPU the Triton kernels
-of `triton_experts` where they fit, else torch's grouped product. All compute what
+of `triton_direct` (a few rows) or `triton_experts` where they fit, else torch's grouped product.
+All compute what
 `expert_mlp_reference` says. Letters: T tokens, K experts per token, S=T*K routed rows, D hidden,
 F expert width, R rows of `up` (2F for SwiGLU, gate first; F for GELU), E experts.
 """
@@ -16,6 +17,7 @@ from growmoe.ops.device import on_triton, plain_cpu
 from growmoe.ops.mapping import MappingTable, inverse
 
 Activation = Literal["swiglu", "gelu"]
+DECODE_TOKENS = 64  # the largest batch that one decoding step is made for
 
 
 class ExpertWeights(NamedTuple):
@@ -39,14 +41,31 @@ def expert_mlp(
         from growmoe.ops.cpu_experts import cpu_experts
 
         return cpu_experts(x_TD, table, weights_TK, w, activation)
-    if on_triton(x_TD) and activation == "swiglu" and w.up_bias_ER is None:
-        from growmoe.ops import triton_experts
-
-        if triton_experts.supported(x_TD, w.up_ERD, w.down_EDF):
-            return triton_experts.moe_experts(
-                x_TD, table.order_S, table.counts_E, weights_TK, w.up_ERD, w.down_EDF
-            )
+    if on_triton(x_TD):
+        y_TD = _by_triton(x_TD, table, weights_TK, w, activation)
+        if y_TD is not None:
+            return y_TD
     return grouped_experts(x_TD, table, weights_TK, w, activation)
+
+
+def _by_triton(
+    x_TD: Tensor, table: MappingTable, weights_TK: Tensor, w: ExpertWeights, activation: Activation
+) -> Tensor | None:
+    """By the kernels for sorted rows, or for few rows (and where the others do not fit, for as many
+    as a decoding step has: it must not wait for the GPU); None where neither fits."""
+    from growmoe.ops import triton_direct, triton_experts
+
+    T, K = weights_TK.shape
+    fits = activation == "swiglu" and w.up_bias_ER is None
+    fits = fits and triton_experts.supported(x_TD, w.up_ERD, w.down_EDF)
+    few = triton_direct.few_rows(T, K, len(w.up_ERD)) or (not fits and T <= DECODE_TOKENS)
+    if few and table.choices_TK is not None and triton_direct.supported(x_TD, weights_TK, *w):
+        return triton_direct.direct_experts(x_TD, table.choices_TK, weights_TK, *w)
+    if not fits:
+        return None
+    return triton_experts.moe_experts(
+        x_TD, table.order_S, table.counts_E, weights_TK, w.up_ERD, w.down_EDF
+    )
 
 
 def activate(h_SR: Tensor, activation: Activation) -> Tensor:

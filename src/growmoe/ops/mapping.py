@@ -5,7 +5,7 @@ integers. Letters: T tokens, K experts per token, S=T*K routed rows, E experts.
 """
 
 import math
-from dataclasses import dataclass
+from collections.abc import Callable
 from typing import Literal
 
 import numpy as np
@@ -17,17 +17,29 @@ from growmoe.ops.device import plain_cpu
 Drop = Literal["position", "probability"]
 
 
-@dataclass(frozen=True)
 class MappingTable:
     """Rows grouped by expert, in a stable order.
 
     `order_S[i]` is the flat index t*K+j of row i once rows are sorted by expert; `counts_E[e]` is
     how many rows expert e gets. Where capacity drops rows, they stand behind the kept ones and
-    belong to nobody: `counts_E` adds up to less than S.
+    belong to nobody: `counts_E` adds up to less than S. `choices_TK` are the experts themselves
+    where none was dropped. The order may be given as a function: a few rows need none.
     """
 
-    order_S: Tensor
-    counts_E: Tensor
+    def __init__(
+        self,
+        order_S: Tensor | Callable[[], Tensor],
+        counts_E: Tensor,
+        choices_TK: Tensor | None = None,
+    ) -> None:
+        self._order, self.counts_E, self.choices_TK = order_S, counts_E, choices_TK
+
+    @property
+    def order_S(self) -> Tensor:
+        """Sorted when it is asked for, then kept."""
+        if not isinstance(self._order, Tensor):
+            self._order = self._order()
+        return self._order
 
     def kept_like(self, experts_TK: Tensor) -> Tensor:
         """Which of the choices `experts_TK` that this is the table of were not dropped."""
@@ -45,7 +57,7 @@ def mapping_table(experts_TK: Tensor, num_experts: int) -> MappingTable:
         keys_S = flat_S.numpy().astype(np.int16)
         order_S = torch.from_numpy(np.argsort(keys_S, kind="stable"))
         return MappingTable(order_S, torch.from_numpy(np.bincount(keys_S, minlength=num_experts)))
-    return MappingTable(*mapping_table_reference(experts_TK, num_experts))
+    return MappingTable(*mapping_table_reference(experts_TK, num_experts), experts_TK)
 
 
 def mapping_table_reference(experts_TK: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:

@@ -9,7 +9,7 @@ not yet run on a GPU.
 """
 # mypy: allow-untyped-defs
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -19,24 +19,11 @@ import triton.language as tl  # type: ignore[import-untyped,import-not-found,unu
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from growmoe.ops.tuning import Tile, tuned_tile
+
 MAX_EXPERTS = 4096
 SHARED_BYTES = 96 * 1024  # fits every card since Ampere; an H100 has 228 KB
 GROUP_ROWS = 8  # row tiles that walk the columns together, so that weights stay in L2
-
-
-@dataclass(frozen=True)
-class Tile:
-    """A program's tile: rows x cols of output, `inner` of the summed axis per step."""
-
-    rows: int
-    cols: int
-    inner: int
-    warps: int
-    stages: int
-
-    def shared_bytes(self, itemsize: int, operands: int) -> int:
-        """Shared memory of the pipeline: a left tile and `operands` right tiles per stage."""
-        return self.stages * itemsize * self.inner * (self.rows + operands * self.cols)
 
 
 # To tune: by kernel and dtype, one tile per height. "gated" has two right operands. float32
@@ -203,11 +190,16 @@ class _MoEExperts(torch.autograd.Function):
 def _forward(tensors: tuple[Tensor, ...], keep: bool) -> tuple[Tensor, Tensor, Tensor]:
     """y_TD, the pre-activations [N, 2F] (none unless `keep`), and the inverse of the order."""
     x_TD, order_S, counts_E, weights_TK, up_ERD, down_EDF = tensors
+    E, D, F = down_EDF.shape
+    gated, down = (
+        tuned_tile(kernel, x_TD.device, x_TD.dtype, (E, D, F), order_S.numel())
+        for kernel in ("gated", "rows")
+    )
     with torch.cuda.device_of(x_TD):
         h_NF, pre_NR, inverse_S = _gated_rows(
-            x_TD, order_S, counts_E, up_ERD, weights_TK.shape, keep
+            x_TD, order_S, counts_E, up_ERD, weights_TK.shape, keep, gated
         )
-        y_SD = _scattered_rows(h_NF, order_S, counts_E, weights_TK, down_EDF, weights_TK)
+        y_SD = _scattered_rows(h_NF, order_S, counts_E, weights_TK, down_EDF, weights_TK, down)
         y_TD = _sum_rows(y_SD, order_S, counts_E, inverse_S, weights_TK.shape)
     return y_TD, pre_NR, inverse_S
 
@@ -228,13 +220,14 @@ def _row_grid(N: int, E: int, cols: int, tile: Tile) -> tuple[int]:
 
 
 def _gated_rows(
-    x_TD: Tensor, order_S: Tensor, counts_E: Tensor, up_ERD: Tensor, slots: torch.Size, keep: bool
-) -> tuple[Tensor, Tensor, Tensor]:
+    x_TD: Tensor, order_S: Tensor, counts_E: Tensor, up_ERD: Tensor, slots: torch.Size, keep: bool,
+    tile: Tile | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     (E, R, D), (T, K), N = up_ERD.shape, slots, order_S.numel()
     F = R // 2
     h_NF, pre_NR = x_TD.new_empty(N, F), x_TD.new_empty(N if keep else 0, R)
     inverse_S = order_S.new_empty(T * K, dtype=torch.int32)
-    tile = choose_tile("gated", x_TD.dtype, N / E, F, D)
+    tile = tile or choose_tile("gated", x_TD.dtype, N / E, F, D)
     if N:
         _gated_rows_kernel[_row_grid(N, E, F, tile)](
             x_TD, up_ERD, order_S, counts_E, h_NF, pre_NR, inverse_S, D, F, E,
@@ -245,14 +238,14 @@ def _gated_rows(
 
 def _scattered_rows(
     left_NI: Tensor, order_S: Tensor, counts_E: Tensor, scale_TK: Tensor | None, w: Tensor,
-    slots_TK: Tensor,
+    slots_TK: Tensor, tile: Tile | None = None,
 ) -> Tensor:  # fmt: skip
     """out_SD (row t*K+j): left @ w_e^T for w [E, D, I] with scales, left @ w_e for w [E, I, D]
     without. Rows that the table does not name stay uninitialised: `_sum_rows` skips them."""
     (N, inner), E = left_NI.shape, w.shape[0]
     D, strides = (w.shape[2], (1, w.shape[2])) if scale_TK is None else (w.shape[1], (inner, 1))
     out_SD = left_NI.new_empty(slots_TK.numel(), D)
-    tile = choose_tile("rows", w.dtype, N / E, D, inner)
+    tile = tile or choose_tile("rows", w.dtype, N / E, D, inner)
     if N:
         _scattered_rows_kernel[_row_grid(N, E, D, tile)](
             left_NI, w, order_S, counts_E, slots_TK, out_SD, D, inner, *strides, E,
