@@ -1,0 +1,177 @@
+"""A model to ask: prompts in, texts out, all at once or as they become certain."""
+
+from collections import deque
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from growmoe.errors import UsageError
+from growmoe.inference.blocks import BLOCK, blocks_for
+from growmoe.inference.engine import Engine
+from growmoe.inference.loading import Form, Loaded, load
+from growmoe.inference.paged import PagedCache
+from growmoe.inference.requests import (
+    Logprobs,
+    Output,
+    Request,
+    RequestOutput,
+    Sample,
+    Sampling,
+    Timing,
+)  # fmt: skip
+from growmoe.inference.runner import Runner
+from growmoe.models.config import ModelConfig
+
+KV_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+Prompt = str | list[int]
+
+
+class LLM:
+    """A MODEL directory with an engine around it.
+
+    `kv_dtype` (default: float32 for form float32, else bfloat16) and `kv_gb` say how keys and
+    values are kept; memory is taken as it is used, and never more than `max_sequences` whole
+    contexts need. A step computes at most `step_tokens` tokens of at most `max_sequences` texts.
+    """
+
+    def __init__(
+        self,
+        path: Path | str | Loaded,
+        form: Form = "float32",
+        *,
+        kv_dtype: str | None = None,
+        kv_gb: float = 1.0,
+        max_sequences: int = 64,
+        step_tokens: int = 512,
+        prefix_reuse: bool = True,
+    ) -> None:
+        if kv_dtype is not None and kv_dtype not in KV_DTYPES:
+            raise UsageError(f"kv_dtype '{kv_dtype}' is not one of {', '.join(KV_DTYPES)}")
+        loaded = path if isinstance(path, Loaded) else load(Path(path), form)
+        self.name, self.tokenizer = loaded.name, loaded.tokenizer
+        self.config: ModelConfig = loaded.model.config
+        dtype = loaded.kv_dtype if kv_dtype is None else KV_DTYPES[kv_dtype]
+        blocks = _blocks(self.config, dtype, kv_gb, max_sequences)
+        cache = PagedCache(self.config, blocks, dtype)
+        self.engine = Engine(
+            Runner(loaded.model, cache), vocab_size=self.config.vocab_size,
+            context=self.config.max_positions, blocks=blocks, tokenizer=loaded.tokenizer,
+            ends=loaded.ends, max_sequences=max_sequences, step_tokens=step_tokens,
+            prefix_reuse=prefix_reuse,
+        )  # fmt: skip
+        self._inbox: dict[int, deque[Output]] = {}
+
+    def encode(self, prompt: Prompt) -> list[int]:
+        """Token ids of a text; ids pass through."""
+        if not isinstance(prompt, str):
+            return list(prompt)
+        if self.tokenizer is None:
+            raise UsageError(f"{self.name} holds no tokenizer.json; give token ids, not text")
+        return list(self.tokenizer.encode(prompt, add_special_tokens=False).ids)
+
+    def check(self, prompt: Prompt, sampling: Sampling) -> None:
+        """Raises UsageError when this can never be answered."""
+        self.engine.check(Request(self.encode(prompt), sampling))
+
+    def generate(
+        self, prompts: list[Prompt], sampling: Sampling | list[Sampling] | None = None
+    ) -> list[RequestOutput]:
+        """Answer all prompts; `sampling` is for all, or one per prompt.
+
+        A prompt that cannot be answered has an error in its output; the others are not touched.
+        """
+        each = _per_prompt(prompts, sampling)
+        answers = [
+            RequestOutput(prompt, [Sample(logprobs=_empty(one)) for _ in range(one.n)])
+            for prompt, one in zip(prompts, each)
+        ]
+        for number, output in self.stream(prompts, each):
+            _collect(answers[number], output)
+        return answers
+
+    def stream(
+        self, prompts: list[Prompt], sampling: Sampling | list[Sampling] | None = None
+    ) -> Iterator[tuple[int, Output]]:
+        """(number of the prompt, what is new), as it becomes certain.
+
+        Whoever stops listening (closes the iterator) ends the requests that are not finished.
+        """
+        numbers: dict[int, int] = {}
+        try:
+            for number, (prompt, one) in enumerate(zip(prompts, _per_prompt(prompts, sampling))):
+                request = Request([], one)
+                try:
+                    request.prompt = self.encode(prompt)
+                    numbers[self.engine.add(request)] = number
+                except UsageError as error:
+                    request.error = str(error)
+                    for index in range(one.n):
+                        yield number, Output(request, index, "", [], None, "error", request.error)
+                else:
+                    self._inbox[request.id] = deque()
+            while numbers:
+                for request_id, output in self._arrived(list(numbers)):
+                    if output.request.finished and not self._inbox[request_id]:
+                        self._inbox.pop(request_id)
+                        yield numbers.pop(request_id), output
+                    else:
+                        yield numbers[request_id], output
+        finally:
+            for request_id in numbers:
+                self.engine.abort(request_id)
+                self._inbox.pop(request_id, None)
+
+    def _arrived(self, wanted: list[int]) -> Iterator[tuple[int, Output]]:
+        """Run a step, unless another stream's step has brought something for us already."""
+        if not any(self._inbox[request_id] for request_id in wanted):
+            for output in self.engine.step():
+                if output.request.id in self._inbox:
+                    self._inbox[output.request.id].append(output)
+        for request_id in wanted:
+            inbox = self._inbox[request_id]
+            while inbox:
+                yield request_id, inbox.popleft()
+
+
+def _blocks(config: ModelConfig, dtype: torch.dtype, kv_gb: float, max_sequences: int) -> int:
+    """Blocks that fit `kv_gb`, but not more than `max_sequences` full contexts take."""
+    per_token = 2 * config.num_layers * config.num_kv_heads * config.head_dim * dtype.itemsize
+    fit = int(kv_gb * 2**30) // (per_token * BLOCK)
+    if fit < 1:
+        raise UsageError(
+            f"kv_gb {kv_gb} holds no block of {BLOCK} tokens ({per_token * BLOCK} bytes)"
+        )
+    return min(fit, max_sequences * blocks_for(config.max_positions))
+
+
+def _per_prompt(
+    prompts: list[Prompt], sampling: Sampling | list[Sampling] | None
+) -> list[Sampling]:  # fmt: skip
+    if not isinstance(sampling, list):
+        return [sampling or Sampling()] * len(prompts)
+    if len(sampling) != len(prompts):
+        raise UsageError(f"{len(sampling)} samplings are given for {len(prompts)} prompts")
+    return sampling
+
+
+def _empty(sampling: Sampling) -> list[Logprobs] | None:
+    return None if sampling.logprobs is None else []
+
+
+def _collect(answer: RequestOutput, output: Output) -> None:
+    """Add one output to the answer it belongs to."""
+    request, sample = output.request, answer.samples[output.index]
+    sample.text += output.text
+    sample.token_ids += output.token_ids
+    if output.logprobs is not None and sample.logprobs is not None:
+        sample.logprobs.append(output.logprobs)
+    sample.finish_reason = output.finish_reason
+    if output.finish_reason is None:
+        return
+    answer.error = output.error
+    answer.prompt_tokens, answer.cached_tokens = len(request.prompt), request.cached_tokens
+    answer.generated_tokens = request.generated_tokens
+    if request.finished and request.started and request.first_token:
+        times = (request.started, request.first_token, request.finished)
+        answer.timing = Timing(*(moment - request.arrived for moment in times))
