@@ -184,6 +184,29 @@ def _write_kernel(
 
 
 @triton.jit
+def _load_blocks(
+    keys_ptr, values_ptr, table_ptr, tokens, head, K, C,
+    BLOCK: tl.constexpr, BLOCKS: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """Keys [C,T] and values [T,C] of the next BLOCKS blocks of a table, `tokens` being left."""
+    b = tl.arange(0, BLOCKS)
+    place = tl.arange(0, BLOCK)
+    c = tl.arange(0, BLOCK_C)
+    in_C = c < C
+    block_B = tl.load(table_ptr + b, mask=b * BLOCK < tokens, other=0).to(tl.int64)
+    block_B = (block_B * K + head) * C * BLOCK
+    # in three dimensions, so that the compiler sees 16 neighbours in every block
+    k_at = keys_ptr + block_B[None, :, None] + c[:, None, None] * BLOCK + place[None, None, :]
+    k_CBT = tl.load(k_at, mask=in_C[:, None, None] & (b >= 0)[None, :, None], other=0.0)
+    v_at = values_ptr + block_B[:, None, None] + place[None, :, None] * C + c[None, None, :]
+    # masked by token: what an unwritten place holds may be NaN, and zero times that too
+    in_BT = b[:, None] * BLOCK + place[None, :] < tokens
+    v_BTC = tl.load(v_at, mask=in_BT[:, :, None] & in_C[None, None, :], other=0.0)
+    STEP: tl.constexpr = BLOCKS * BLOCK
+    return tl.reshape(k_CBT, [BLOCK_C, STEP]), tl.reshape(v_BTC, [STEP, BLOCK_C])
+
+
+@triton.jit
 def _attend_kernel(
     q_ptr, keys_ptr, values_ptr, starts_ptr, counts_ptr, rows_ptr, tables_ptr, out_ptr, sums_ptr,
     stats_ptr, q_head, q_row, M, H, K, C, window, scale,
@@ -226,22 +249,13 @@ def _attend_kernel(
     sum_M = tl.zeros([BLOCK_M], tl.float32)
     out_MC = tl.zeros([BLOCK_M, BLOCK_C], tl.float32)
     tables_ptr += span.to(tl.int64) * M
-    b = tl.arange(0, BLOCKS)
-    place = tl.arange(0, BLOCK)
     t = tl.arange(0, STEP)
     for at in range(begin, end, STEP):
-        block_B = tl.load(tables_ptr + at // BLOCK + b, mask=at + b * BLOCK < end, other=0)
-        block_B = (block_B.to(tl.int64) * K + head) * C * BLOCK
-        # in three dimensions, so that the compiler sees 16 neighbours in every block
-        k_at = keys_ptr + block_B[None, :, None] + c[:, None, None] * BLOCK + place[None, None, :]
-        k_CBT = tl.load(k_at, mask=in_C[:, None, None] & (b >= 0)[None, :, None], other=0.0)
-        k_CT = tl.reshape(k_CBT, [BLOCK_C, STEP]).to(q_MC.dtype)
-        v_at = values_ptr + block_B[:, None, None] + place[None, :, None] * C + c[None, None, :]
-        # masked by token: what an unwritten place holds may be NaN, and zero times that too
-        in_BT = at + b[:, None] * BLOCK + place[None, :] < end
-        v_BTC = tl.load(v_at, mask=in_BT[:, :, None] & in_C[None, None, :], other=0.0)
-        v_TC = tl.reshape(v_BTC, [STEP, BLOCK_C]).to(q_MC.dtype)
-
+        k_CT, v_TC = _load_blocks(
+            keys_ptr, values_ptr, tables_ptr + at // BLOCK, end - at, head, K, C,
+            BLOCK, BLOCKS, BLOCK_C,
+        )  # fmt: skip
+        k_CT, v_TC = k_CT.to(q_MC.dtype), v_TC.to(q_MC.dtype)
         token_T = at + t
         allowed_MT = token_T[None, :] <= position_M[:, None]
         if WINDOW:
