@@ -120,6 +120,16 @@ class Directory:
         disk = self._names[name]
         return self._handle(self._files[disk]).read(disk)
 
+    def map(self, name: str) -> Tensor:
+        """As `load`, in pages of the file (see `TensorFile.map`: for passing through only)."""
+        disk = self._names[name]
+        return self._handle(self._files[disk]).map(disk)
+
+    def stored_bytes(self, name: str) -> int:
+        """Bytes of the tensor `name` on disk."""
+        disk = self._names[name]
+        return self._handle(self._files[disk]).stored_bytes(disk)
+
     def identity(self) -> str:
         """Changes when the config or any shard of the directory changes (sizes and times)."""
         digest = hashlib.sha256((self.path / "config.json").read_bytes())

@@ -1,4 +1,4 @@
-"""safetensors files, read and written one tensor at a time in ordinary memory.
+"""safetensors files, read and written one tensor at a time.
 
 The library maps a whole file (its pages count against every memory limit) and its writer wants all
 tensors of a shard at once; models larger than memory need neither.
@@ -6,6 +6,7 @@ tensors of a shard at once; models larger than memory need neither.
 
 import json
 import math
+import mmap
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -53,16 +54,16 @@ class TensorFile:
         """Dtype as safetensors spells it (F32, BF16, ...)."""
         return self._entries[name]["dtype"]
 
+    def stored_bytes(self, name: str) -> int:
+        """Bytes of the tensor `name` in the file."""
+        first, last = self._entries[name]["data_offsets"]
+        return last - first
+
     def read(self, name: str) -> Tensor:
         """The tensor, in memory of its own; raises GrowmoeError when its dtype is not known,
         when it is not finite, or when the file shrank."""
         first, last = self._entries[name]["data_offsets"]
-        if self.code(name) not in CODES:
-            raise GrowmoeError(
-                f"{self.path}: tensor {name} has dtype {self.code(name)}; "
-                f"known are {', '.join(CODES)}"
-            )
-        tensor = torch.empty(self.shape(name), dtype=DTYPES[CODES[self.code(name)]])
+        tensor = torch.empty(self.shape(name), dtype=self._dtype(name))
         if tensor.numel():
             buffer = tensor.view(-1).view(torch.uint8).numpy().data
             with open(self.path, "rb", buffering=0) as stream:
@@ -73,6 +74,41 @@ class TensorFile:
                     if not got:
                         raise GrowmoeError(f"{self.path} is not a whole safetensors file")
                     done += got
+        return self._finite(name, tensor)
+
+    def map(self, name: str) -> Tensor:
+        """The tensor as private pages of the file, checked as `read` checks it; a copy of the file
+        in memory of its own is never made, and the pages go when the tensor does.
+
+        For passing through only: whoever cuts the file short while a tensor of it lives kills the
+        process at the next touch (SIGBUS), so nothing that stays may point into it.
+        """
+        first, last = (self._start + place for place in self._entries[name]["data_offsets"])
+        dtype, page = self._dtype(name), mmap.ALLOCATIONGRANULARITY
+        if first == last or first % dtype.itemsize:  # torch wants aligned elements
+            return self.read(name)
+        before = first % page
+        with open(self.path, "rb") as stream:
+            if os.fstat(stream.fileno()).st_size < last:
+                raise GrowmoeError(f"{self.path} is not a whole safetensors file")
+            pages = mmap.mmap(
+                stream.fileno(), last - first + before, access=mmap.ACCESS_COPY,
+                offset=first - before,
+            )  # fmt: skip
+        flat = torch.frombuffer(
+            pages, dtype=dtype, count=(last - first) // dtype.itemsize, offset=before
+        )
+        return self._finite(name, flat.view(self.shape(name)))
+
+    def _dtype(self, name: str) -> torch.dtype:
+        if self.code(name) not in CODES:
+            raise GrowmoeError(
+                f"{self.path}: tensor {name} has dtype {self.code(name)}; "
+                f"known are {', '.join(CODES)}"
+            )
+        return DTYPES[CODES[self.code(name)]]
+
+    def _finite(self, name: str, tensor: Tensor) -> Tensor:
         if not is_finite(tensor):
             raise GrowmoeError(f"{self.path}: tensor {name} holds NaN or infinite values")
         return tensor
