@@ -1,4 +1,4 @@
-"""Weights that pass through mapped pages: the same as read, checked as well, and gone afterwards."""
+"""Weights that pass through mapped pages: as read, checked as well, and gone afterwards."""
 
 import json
 import sys
