@@ -6,9 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from conftest import tiny_config
+from conftest import tiny_config, write_tiny
 from growmoe import memory
 from growmoe.errors import UsageError
+from growmoe.inference import loading
+from growmoe.inference.llm import LLM
 from growmoe.models.config import ModelConfig, MoEConfig
 from growmoe.models.footprint import (
     BLOCK,
@@ -25,6 +27,7 @@ from growmoe.models.footprint import (
     weight_bytes,
 )
 from growmoe.models.presets import PRESETS
+from growmoe.models.safetensors_io import TensorFile
 
 MOE = MoEConfig(experts=(4, 8, 4), top_k=2, ffn_size=64)
 
@@ -60,12 +63,24 @@ def test_what_is_free_bounds_the_blocks_and_need_bounds_them_too() -> None:
     base = footprint(config, wanted)
     tight = base.total - base.kv_cache + 25 * block_bytes(config, "bfloat16")
     assert footprint(config, wanted, tight).kv_blocks == 20
-    assert footprint(config, Wanted(kv_blocks=7), 0).kv_blocks == 7
+    block = block_bytes(config, "bfloat16")
+    assert footprint(config, Wanted(kv_gb=7.5 * block / 2**30), 0).kv_blocks == 7
+    assert footprint(config, Wanted(max_sequences=1, kv_gb=1.0), 0).kv_blocks == 10
+    with pytest.raises(UsageError, match="--kv-gb 1e-06 holds no block of 16 tokens"):
+        footprint(config, Wanted(kv_gb=1e-6))
+
+
+def test_a_model_in_memory_needs_no_room_for_its_weights() -> None:
+    config = big()
+    there = footprint(config, Wanted(loaded=True))
+    assert (there.weights, there.expert_cache) == (0, 0)
+    with pytest.raises(UsageError, match=r"but 1.0 KiB are free; nothing fits"):
+        admit(config, Wanted(loaded=True), 1 << 10, "m")
 
 
 def test_what_fits_is_admitted_to_the_byte() -> None:
     config = big()
-    wanted = Wanted(kv_blocks=20, form="int4")
+    wanted = Wanted(kv_gb=0.001, form="int4")
     need = footprint(config, wanted).total
     assert admit(config, wanted, need, "m").total == need
     with pytest.raises(UsageError, match="needs"):
@@ -80,10 +95,10 @@ def suggestions(message: str) -> list[dict[str, str]]:
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("share", [0.9, 0.6, 0.3, 0.1])
-@pytest.mark.parametrize("blocks", [None, 64])
-def test_every_suggestion_would_be_admitted(form: str, share: float, blocks: int | None) -> None:
+@pytest.mark.parametrize("kv_gb", [None, 0.001])
+def test_every_suggestion_would_be_admitted(form: str, share: float, kv_gb: float | None) -> None:
     config = big()
-    wanted = Wanted(form=form, kv_blocks=blocks, step_tokens=64)
+    wanted = Wanted(form=form, kv_gb=kv_gb, step_tokens=64)
     free = int(share * footprint(config, wanted).total)
     try:
         admit(config, wanted, free, "m")
@@ -93,20 +108,20 @@ def test_every_suggestion_would_be_admitted(form: str, share: float, blocks: int
         for way in ways:
             changed = Wanted(
                 form=way.get("weights", form),
-                kv_blocks=int(way["kv-blocks"]) if "kv-blocks" in way else blocks,
+                kv_gb=float(way["kv-gb"]) if "kv-gb" in way else kv_gb,
                 step_tokens=64,
                 expert_memory=parse_size(way["expert-memory"]) if "expert-memory" in way else None,
             )
             assert admit(config, changed, free, "m").total <= free
     else:
-        assert blocks is None  # fewer blocks of its own choice
+        assert kv_gb is None  # fewer blocks of its own choice
 
 
 def test_the_refusal_says_needs_free_and_what_fits_in_one_sentence() -> None:
     with pytest.raises(UsageError) as caught:
-        admit(big(), Wanted(kv_blocks=64, step_tokens=64), 200 << 20, "models/x")
+        admit(big(), Wanted(kv_gb=0.001, step_tokens=64), 200 << 20, "models/x")
     assert str(caught.value) == (
-        "models/x in bfloat16 needs 293.0 MiB of memory (weights 290.1 MiB, 64 KV blocks 768.0 "
+        "models/x in bfloat16 needs 293.3 MiB of memory (weights 290.1 MiB, KV cache 1.0 "
         "KiB, a step 2.2 MiB), but 200.0 MiB are free; this would fit: --weights int8 or "
         "--expert-memory 194M"
     )
@@ -119,7 +134,7 @@ def test_a_machine_too_small_for_anything_is_told_how_much_it_takes() -> None:
     least = parse_size(str(caught.value).rsplit("least ")[1].replace(" ", ""))
     assert least > 1 << 20
     experts = 2 * expert_bytes(config, "int4")
-    tried = Wanted(form="int4", step_tokens=64, expert_memory=experts, kv_blocks=16)
+    tried = Wanted(form="int4", step_tokens=64, expert_memory=experts)
     assert admit(config, tried, int(least * 1.05), "m")
 
 
@@ -157,6 +172,37 @@ def test_sizes_are_read_and_written() -> None:
     for wrong in ("", "G", "-1", "nan", "4X"):
         with pytest.raises(UsageError, match="no size"):
             parse_size(wrong)
+
+
+@pytest.mark.parametrize("tool", ["load", "LLM"])
+def test_what_does_not_fit_is_refused_before_a_weight_is_read(
+    tool: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_tiny(tmp_path / "m")
+    reads: list[str] = []
+    read = TensorFile.read
+    monkeypatch.setattr(
+        TensorFile, "read", lambda file, name: reads.append(name) or read(file, name)
+    )
+    monkeypatch.setattr(loading, "free_memory", lambda: 50_000)
+    with pytest.raises(UsageError, match=r"m in float32 needs .* but 48.8 KiB are free"):
+        loading.load(tmp_path / "m", "float32") if tool == "load" else LLM(tmp_path / "m")
+    assert not reads
+    monkeypatch.undo()
+    model = LLM(tmp_path / "m", max_sequences=2)
+    assert model.footprint.kv_blocks == 2 * 160 // BLOCK
+    assert model.load_report is not None
+    assert model.load_report.report()["load_bytes"] > 50_000
+
+
+@pytest.mark.parametrize("form", ["float32", "bfloat16"])
+@pytest.mark.parametrize("changes", [{}, {"moe": MOE}, {"tied_head": True, "qkv_bias": True}])
+def test_the_arithmetic_is_what_a_model_takes(tmp_path: Path, form: str, changes: dict) -> None:
+    write_tiny(tmp_path / "m", hidden_size=144, **changes)
+    loaded = loading.load(tmp_path / "m", form)
+    assert loaded.footprint is not None
+    taken = sum(parameter.nbytes for parameter in loaded.model.parameters())
+    assert math.isclose(loaded.footprint.weights, taken, rel_tol=0.05)
 
 
 def test_free_memory_knows_the_limit_of_a_container(

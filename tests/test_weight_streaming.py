@@ -9,7 +9,6 @@ import torch
 
 from conftest import tiny_model, write_tiny
 from growmoe.errors import GrowmoeError
-from growmoe.inference.streaming import Streamed
 from growmoe.models.checkpoint import build_model, open_source, save_model
 from growmoe.models.config import tensor_shapes
 from growmoe.models.safetensors_io import TensorFile, is_finite
@@ -18,22 +17,17 @@ from growmoe.models.safetensors_io import TensorFile, is_finite
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_mapped_weights_are_those_that_reading_gives(tmp_path: Path, dtype: str) -> None:
     save_model(tmp_path, tiny_model(), dtype)
-    source = open_source(tmp_path)
-    mapped = Streamed(source)
-    for name in tensor_shapes(source.config):
-        assert torch.equal(mapped.load(name), source.load(name))
-    stored = sum(t.numel() for t in tiny_model().parameters()) * (4 if dtype == "float32" else 2)
-    assert mapped.report.bytes_read == stored
-    report = mapped.report.stop().report()
-    assert report["load_bytes"] == stored
-    assert report["load_seconds"] >= 0
+    plain, mapped = open_source(tmp_path), open_source(tmp_path, mapped=True)
+    for name in tensor_shapes(plain.config):
+        assert torch.equal(mapped.load(name), plain.load(name))
+    assert plain.file_bytes() == (tmp_path / "model.safetensors").stat().st_size
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="asks Linux what is mapped")
 def test_nothing_of_the_files_stays_mapped_in_a_model(tmp_path: Path) -> None:
     write_tiny(tmp_path / "m")
     shard = str((tmp_path / "m" / "model.safetensors").resolve())
-    mapped = Streamed(open_source(tmp_path / "m"))
+    mapped = open_source(tmp_path / "m", mapped=True)
     passing = mapped.load("embed.weight")
     assert shard in Path("/proc/self/maps").read_text()
     del passing
@@ -43,34 +37,34 @@ def test_nothing_of_the_files_stays_mapped_in_a_model(tmp_path: Path) -> None:
 
 
 def test_writing_into_a_mapped_tensor_leaves_the_file(tmp_path: Path) -> None:
-    source = open_source(write_tiny(tmp_path / "m"))
+    source = open_source(write_tiny(tmp_path / "m"), mapped=True)
     before = (tmp_path / "m" / "model.safetensors").read_bytes()
-    Streamed(source).load("embed.weight").zero_()
+    source.load("embed.weight").zero_()
     assert (tmp_path / "m" / "model.safetensors").read_bytes() == before
 
 
-@pytest.mark.parametrize("way", ["read", "map"])
-def test_a_file_cut_short_after_it_was_opened_is_one_sentence(tmp_path: Path, way: str) -> None:
+@pytest.mark.parametrize("mapped", [False, True])
+def test_a_file_cut_short_after_it_was_opened_is_one_sentence(tmp_path: Path, mapped: bool) -> None:
     write_tiny(tmp_path / "m")
     path = tmp_path / "m" / "model.safetensors"
-    file = TensorFile(path)
+    file = TensorFile(path, mapped)
     last = max(file.names(), key=lambda name: file._entries[name]["data_offsets"][1])
     with open(path, "r+b") as stream:
         stream.truncate(path.stat().st_size - 4)
     with pytest.raises(GrowmoeError, match="model.safetensors is not a whole safetensors file"):
-        getattr(file, way)(last)
+        file.read(last)
 
 
-@pytest.mark.parametrize("way", ["read", "map"])
+@pytest.mark.parametrize("mapped", [False, True])
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
-def test_what_is_not_finite_is_named(tmp_path: Path, way: str, value: float) -> None:
+def test_what_is_not_finite_is_named(tmp_path: Path, mapped: bool, value: float) -> None:
     model = tiny_model()
     with torch.no_grad():
         model.head.weight[96, 35] = value
     save_model(tmp_path, model, "bfloat16")
-    file = TensorFile(tmp_path / "model.safetensors")
+    file = TensorFile(tmp_path / "model.safetensors", mapped)
     with pytest.raises(GrowmoeError, match="lm_head.weight holds NaN or infinite"):
-        getattr(file, way)("lm_head.weight")
+        file.read("lm_head.weight")
 
 
 def test_elements_at_odd_places_and_empty_tensors_are_read(tmp_path: Path) -> None:
@@ -84,9 +78,9 @@ def test_elements_at_odd_places_and_empty_tensors_are_read(tmp_path: Path) -> No
     text += b" " * (-len(text) % 4 + 1)
     path = tmp_path / "odd.safetensors"
     path.write_bytes(len(text).to_bytes(8, "little") + text + data.numpy().tobytes())
-    file = TensorFile(path)
-    assert torch.equal(file.map("some"), data.view(2, 3))
-    assert file.map("none").shape == (0, 3)
+    file = TensorFile(path, mapped=True)
+    assert torch.equal(file.read("some"), data.view(2, 3))
+    assert file.read("none").shape == (0, 3)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])

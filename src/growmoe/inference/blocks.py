@@ -8,8 +8,7 @@ from array import array
 from collections import OrderedDict
 from hashlib import blake2b
 
-BLOCK = 16
-"""Tokens per block."""
+from growmoe.models.footprint import BLOCK
 
 
 def blocks_for(tokens: int) -> int:

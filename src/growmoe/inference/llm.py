@@ -7,9 +7,8 @@ from pathlib import Path
 import torch
 
 from growmoe.errors import UsageError
-from growmoe.inference.blocks import BLOCK, blocks_for
 from growmoe.inference.engine import Engine
-from growmoe.inference.loading import Form, Loaded, load
+from growmoe.inference.loading import Form, Loaded, default_kv_dtype, kv_name, load
 from growmoe.inference.paged import PagedCache
 from growmoe.inference.requests import (
     Logprobs,
@@ -21,7 +20,9 @@ from growmoe.inference.requests import (
     Timing,
 )  # fmt: skip
 from growmoe.inference.runner import Runner
+from growmoe.memory import free_memory
 from growmoe.models.config import ModelConfig
+from growmoe.models.footprint import Wanted, admit
 
 KV_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 Prompt = str | list[int]
@@ -30,9 +31,11 @@ Prompt = str | list[int]
 class LLM:
     """A MODEL directory with an engine around it.
 
-    `kv_dtype` (default: float32 for form float32, else bfloat16) and `kv_gb` say how keys and
-    values are kept; memory is taken as it is used, and never more than `max_sequences` whole
-    contexts need. A step computes at most `step_tokens` tokens of at most `max_sequences` texts.
+    `kv_dtype` (default: float32 for form float32, else bfloat16) and `kv_gb` (default: most of
+    the memory that the weights leave) say how keys and values are kept; memory is taken as it is
+    used, and never more than `max_sequences` whole contexts need. A step computes at most
+    `step_tokens` tokens of at most `max_sequences` texts. Raises UsageError before a weight is read
+    when that does not fit; `footprint` says what it takes, `load_report` how long loading took.
     """
 
     def __init__(
@@ -41,18 +44,30 @@ class LLM:
         form: Form = "float32",
         *,
         kv_dtype: str | None = None,
-        kv_gb: float = 1.0,
+        kv_gb: float | None = None,
         max_sequences: int = 64,
         step_tokens: int = 512,
         prefix_reuse: bool = True,
     ) -> None:
         if kv_dtype is not None and kv_dtype not in KV_DTYPES:
             raise UsageError(f"kv_dtype '{kv_dtype}' is not one of {', '.join(KV_DTYPES)}")
-        loaded = path if isinstance(path, Loaded) else load(Path(path), form)
+        default = path.kv_dtype if isinstance(path, Loaded) else default_kv_dtype(form)
+        dtype = default if kv_dtype is None else KV_DTYPES[kv_dtype]
+        wanted = Wanted(
+            kv_dtype=kv_name(dtype), step_tokens=step_tokens, max_sequences=max_sequences,
+            kv_gb=kv_gb, loaded=isinstance(path, Loaded),
+        )  # fmt: skip
+        if isinstance(path, Loaded):
+            loaded = path
+            found = admit(loaded.model.config, wanted, free_memory(), loaded.name)
+        else:
+            loaded = load(Path(path), form, wanted)
+            assert loaded.footprint is not None
+            found = loaded.footprint
         self.name, self.tokenizer = loaded.name, loaded.tokenizer
         self.config: ModelConfig = loaded.model.config
-        dtype = loaded.kv_dtype if kv_dtype is None else KV_DTYPES[kv_dtype]
-        blocks = _blocks(self.config, dtype, kv_gb, max_sequences)
+        self.footprint, self.load_report = found, loaded.report
+        blocks = found.kv_blocks
         cache = PagedCache(self.config, blocks, dtype)
         self.engine = Engine(
             Runner(loaded.model, cache), vocab_size=self.config.vocab_size,
@@ -132,17 +147,6 @@ class LLM:
             inbox = self._inbox[request_id]
             while inbox:
                 yield request_id, inbox.popleft()
-
-
-def _blocks(config: ModelConfig, dtype: torch.dtype, kv_gb: float, max_sequences: int) -> int:
-    """Blocks that fit `kv_gb`, but not more than `max_sequences` full contexts take."""
-    per_token = 2 * config.num_layers * config.num_kv_heads * config.head_dim * dtype.itemsize
-    fit = int(kv_gb * 2**30) // (per_token * BLOCK)
-    if fit < 1:
-        raise UsageError(
-            f"kv_gb {kv_gb} holds no block of {BLOCK} tokens ({per_token * BLOCK} bytes)"
-        )
-    return min(fit, max_sequences * blocks_for(config.max_positions))
 
 
 def _per_prompt(

@@ -1,6 +1,8 @@
 """From a path to a model that can run, its tokenizer and the tokens that end a text."""
 
+import dataclasses
 import tempfile
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -11,7 +13,9 @@ from tokenizers import Tokenizer
 from growmoe.data.tokenizer import load_tokenizer
 from growmoe.errors import UsageError
 from growmoe.files import read_json
+from growmoe.memory import free_memory
 from growmoe.models.checkpoint import build_model, open_source
+from growmoe.models.footprint import Footprint, Wanted, admit
 from growmoe.models.gguf import export_tokenizer
 from growmoe.models.transformer import Transformer
 
@@ -20,29 +24,63 @@ Form = Literal["float32", "bfloat16"]
 
 
 @dataclass(frozen=True)
+class LoadReport:
+    """How long the weights took, and what they were read from."""
+
+    seconds: float
+    bytes_read: int
+
+    def report(self) -> dict[str, float]:
+        """For a JSON line."""
+        speed = self.bytes_read / self.seconds / 1e9 if self.seconds else 0.0
+        return {
+            "load_seconds": round(self.seconds, 3), "load_bytes": self.bytes_read,
+            "load_gb_per_s": round(speed, 3),
+        }  # fmt: skip
+
+
+@dataclass(frozen=True)
 class Loaded:
-    """A model, ready to run. `kv_dtype` is what keys and values are kept in by default."""
+    """A model, ready to run. `kv_dtype` is what keys and values are kept in by default; the
+    footprint and the report say what `load` admitted and did."""
 
     name: str
     model: Transformer
     tokenizer: Tokenizer | None
     ends: frozenset[int]
     kv_dtype: torch.dtype
+    footprint: Footprint | None = None
+    report: LoadReport | None = None
 
 
-def load(path: Path, form: Form) -> Loaded:
+def load(path: Path, form: Form, wanted: Wanted | None = None) -> Loaded:
     """Read a MODEL directory or .gguf file with its weights in `form`.
 
-    A directory without tokenizer.json gives a model for token ids only.
+    A directory without tokenizer.json gives a model for token ids only. Raises UsageError before a
+    weight is read when serving it as `wanted` does not fit into the memory that is free.
     """
     if form not in get_args(Form):
         raise UsageError(f"form '{form}' is not one of {', '.join(get_args(Form))}")
-    model = build_model(open_source(path), form)
+    source = open_source(path, mapped=True)
+    kv_dtype = default_kv_dtype(form)
+    wanted = dataclasses.replace(wanted or Wanted(kv_dtype=kv_name(kv_dtype)), form=form)
+    found = admit(source.config, wanted, free_memory(), str(path))
+    started = time.perf_counter()
+    model = build_model(source, form)
+    report = LoadReport(time.perf_counter() - started, source.file_bytes())
     tokenizer = _tokenizer(path)
-    kv_dtype = torch.float32 if form == "float32" else torch.bfloat16
-    return Loaded(
-        str(path), model, tokenizer, _ends(path, model.config.token_ids, tokenizer), kv_dtype
-    )
+    ends = _ends(path, model.config.token_ids, tokenizer)
+    return Loaded(str(path), model, tokenizer, ends, kv_dtype, found, report)
+
+
+def default_kv_dtype(form: Form) -> torch.dtype:
+    """What keys and values are kept in when nobody says."""
+    return torch.float32 if form == "float32" else torch.bfloat16
+
+
+def kv_name(dtype: torch.dtype) -> str:
+    """A dtype as `models.config` spells it."""
+    return str(dtype).removeprefix("torch.")
 
 
 def _tokenizer(path: Path) -> Tokenizer | None:

@@ -57,11 +57,12 @@ class Source(Protocol):
 class Directory:
     """A MODEL directory, checked when opened: every tensor present, whole and of the right shape.
 
-    Raises GrowmoeError that names the file, key or tensor that is wrong.
+    With `mapped`, tensors are pages of the files, to be packed or copied and not to be kept (see
+    TensorFile). Raises GrowmoeError that names the file, key or tensor that is wrong.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: Path, mapped: bool = False) -> None:
+        self.path, self.mapped = path, mapped
         if not path.is_dir():
             raise UsageError(f"{path} is not a model directory")
         config_path = path / "config.json"
@@ -76,7 +77,7 @@ class Directory:
 
     def _handle(self, file: str) -> TensorFile:
         if file not in self._open:
-            self._open[file] = TensorFile(self.path / file)
+            self._open[file] = TensorFile(self.path / file, self.mapped)
         return self._open[file]
 
     def _check(self) -> str:
@@ -120,15 +121,9 @@ class Directory:
         disk = self._names[name]
         return self._handle(self._files[disk]).read(disk)
 
-    def map(self, name: str) -> Tensor:
-        """As `load`, in pages of the file (see `TensorFile.map`: for passing through only)."""
-        disk = self._names[name]
-        return self._handle(self._files[disk]).map(disk)
-
-    def stored_bytes(self, name: str) -> int:
-        """Bytes of the tensor `name` on disk."""
-        disk = self._names[name]
-        return self._handle(self._files[disk]).stored_bytes(disk)
+    def file_bytes(self) -> int:
+        """Size of all shards."""
+        return sum((self.path / file).stat().st_size for file in set(self._files.values()))
 
     def identity(self) -> str:
         """Changes when the config or any shard of the directory changes (sizes and times)."""
@@ -151,14 +146,19 @@ class File(Source, Protocol):
         """Changes when the files do."""
         ...
 
+    def file_bytes(self) -> int:
+        """Size of the files."""
+        ...
 
-def open_source(path: Path) -> File:
-    """A MODEL directory or a .gguf file, opened for reading tensor by tensor."""
+
+def open_source(path: Path, mapped: bool = False) -> File:
+    """A MODEL directory (see there for `mapped`) or a .gguf file, opened for reading tensor by
+    tensor."""
     if path.suffix == ".gguf":
         from growmoe.models.gguf import GGUFFile
 
         return GGUFFile(path)
-    return Directory(path)
+    return Directory(path, mapped)
 
 
 # ---- writing ----

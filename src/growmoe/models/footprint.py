@@ -38,10 +38,12 @@ class Wanted:
     """Most sequences that run at a time."""
     context: int | None = None
     """Longest sequence; None: what the model was made for."""
-    kv_blocks: int | None = None
-    """Blocks of the KV cache; None: what fits."""
+    kv_gb: float | None = None
+    """GiB for the KV cache; None: what fits. Never more than `max_sequences` whole contexts."""
     expert_memory: int | None = None
     """Bytes for experts in memory; None: all of them."""
+    loaded: bool = False
+    """The weights are in memory already."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,8 +134,9 @@ def step_bytes(config: ModelConfig, tokens: int, sequences: int) -> int:
 
 
 def footprint(config: ModelConfig, wanted: Wanted, free: int | None = None) -> Footprint:
-    """What serving as `wanted` takes; `free` bytes decide about KV blocks where none are asked
-    for. Raises UsageError when `expert_memory` holds fewer experts than a token visits."""
+    """What serving as `wanted` takes; `free` bytes decide about KV blocks where nothing is asked
+    for. Raises UsageError when `expert_memory` holds fewer experts than a token visits, or `kv_gb`
+    not one block."""
     weights, experts = weight_bytes(config, wanted.form)
     count = sum(config.experts_in(layer) for layer in range(config.num_layers))
     held, cached = count, 0
@@ -142,15 +145,21 @@ def footprint(config: ModelConfig, wanted: Wanted, free: int | None = None) -> F
         cached = held * expert_bytes(config, wanted.form)
     else:
         weights += experts
+    if wanted.loaded:
+        weights = cached = 0
     step = step_bytes(config, wanted.step_tokens, wanted.max_sequences)
     each = block_bytes(config, wanted.kv_dtype)
-    blocks = wanted.kv_blocks
-    if blocks is None:
-        longest = math.ceil((wanted.context or config.max_positions) / BLOCK)
-        blocks = most = longest * wanted.max_sequences
-        if free is not None:
-            left = int(_KV_SHARE * max(0, free - weights - cached - step))
-            blocks = max(min(_FEWEST_BLOCKS, most), min(most, left // each))
+    most = math.ceil((wanted.context or config.max_positions) / BLOCK) * wanted.max_sequences
+    blocks = most
+    if wanted.kv_gb is not None:
+        blocks = min(most, int(wanted.kv_gb * 2**30) // each)
+        if blocks < 1:
+            raise UsageError(
+                f"--kv-gb {wanted.kv_gb:g} holds no block of {BLOCK} tokens ({size(each)})"
+            )
+    elif free is not None:
+        left = int(_KV_SHARE * max(0, free - weights - cached - step))
+        blocks = max(min(_FEWEST_BLOCKS, most), min(most, left // each))
     return Footprint(
         weights=weights, expert_cache=cached, kv_cache=blocks * each, step=step, kv_blocks=blocks,
         experts_in_memory=held, experts=count, free=free,
@@ -184,7 +193,7 @@ def admit(config: ModelConfig, wanted: Wanted, free: int, name: str) -> Footprin
     advice = " or ".join(fits) if fits else f"give it at least {size(_least(config, wanted))}"
     parts = {
         "weights": found.weights, "expert cache": found.expert_cache,
-        f"{found.kv_blocks} KV blocks": found.kv_cache, "a step": found.step,
+        "KV cache": found.kv_cache, "a step": found.step,
     }  # fmt: skip
     listed = ", ".join(f"{part} {size(n)}" for part, n in parts.items() if n)
     raise UsageError(
@@ -196,15 +205,15 @@ def admit(config: ModelConfig, wanted: Wanted, free: int, name: str) -> Footprin
 def _what_fits(config: ModelConfig, wanted: Wanted, free: int) -> list[str]:
     """Single changes of `wanted` that fit, and a change of two where no single one does."""
     found = []
-    narrower = FORMS[FORMS.index(wanted.form) + 1 :]
+    narrower = () if wanted.loaded else FORMS[FORMS.index(wanted.form) + 1 :]
     form = next((f for f in narrower if _fits(config, wanted, free, form=f)), None)
     if form:
         found.append(f"--weights {form}")
-    if wanted.kv_blocks is not None and _fits(config, wanted, free, kv_blocks=None):
-        blocks = footprint(config, dataclasses.replace(wanted, kv_blocks=None), free).kv_blocks
-        found.append(f"--kv-blocks {blocks}")
+    if wanted.kv_gb is not None and _fits(config, wanted, free, kv_gb=None):
+        cache = footprint(config, dataclasses.replace(wanted, kv_gb=None), free).kv_cache
+        found.append(f"--kv-gb {_rounded_down(cache / 2**30)}")
     for choice in (wanted.form, *narrower):
-        if config.moe is None or (found and choice != wanted.form):
+        if config.moe is None or wanted.loaded or (found and choice != wanted.form):
             break
         budget = _expert_budget(config, dataclasses.replace(wanted, form=choice), free)
         if budget is not None:
@@ -225,7 +234,7 @@ def _expert_budget(config: ModelConfig, wanted: Wanted, free: int) -> int | None
     fewest = config.moe.top_k * expert_bytes(config, wanted.form)
     rest = footprint(config, dataclasses.replace(wanted, expert_memory=fewest), free)
     left = free - (rest.total - rest.expert_cache)
-    if wanted.kv_blocks is None:
+    if wanted.kv_gb is None:
         left = (free - rest.weights - rest.step) * 3 // 4
     budget = (left >> 20) << 20
     if budget < fewest or not _fits(config, wanted, free, expert_memory=budget):
@@ -236,11 +245,17 @@ def _expert_budget(config: ModelConfig, wanted: Wanted, free: int) -> int | None
 
 def _least(config: ModelConfig, wanted: Wanted) -> int:
     """Bytes of the smallest way to serve the model with this step."""
-    smallest = dataclasses.replace(wanted, form="int4", kv_blocks=_FEWEST_BLOCKS)
+    smallest = dataclasses.replace(wanted, form="int4", kv_gb=None)
     if config.moe is not None and moe_layers(config):
         fewest = config.moe.top_k * expert_bytes(config, "int4")
         smallest = dataclasses.replace(smallest, expert_memory=fewest)
-    return footprint(config, smallest).total
+    return footprint(config, smallest, free=0).total
+
+
+def _rounded_down(value: float) -> str:
+    """Two digits, never more than the value."""
+    step = 10.0 ** (math.floor(math.log10(value)) - 1)
+    return f"{math.floor(value / step) * step:.12g}"
 
 
 def size(count: int) -> str:

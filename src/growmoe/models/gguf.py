@@ -92,6 +92,10 @@ class GGUFFile:
             tensor = unpermute(tensor, heads)
         return tensor
 
+    def file_bytes(self) -> int:
+        """Size of the file."""
+        return self.path.stat().st_size
+
     def identity(self) -> str:
         """Changes when the file does (size and time)."""
         stat = self.path.stat()

@@ -32,11 +32,15 @@ _CHUNK = 1 << 22
 class TensorFile:
     """One safetensors file; its header is checked when it is opened.
 
-    Raises GrowmoeError that names the file when the header is damaged or the file is cut short.
+    With `mapped`, tensors are private pages of the file that go when the tensor does: nothing is
+    copied on the way into a model. For passing through only: whoever cuts the file short while a
+    tensor of it lives kills the process at the next touch (SIGBUS), so nothing that stays may point
+    into it. Raises GrowmoeError that names the file when the header is damaged or the file is cut
+    short.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: Path, mapped: bool = False) -> None:
+        self.path, self.mapped = path, mapped
         self._entries, self._start = read_header(path)
 
     def names(self) -> list[str]:
@@ -54,40 +58,39 @@ class TensorFile:
         """Dtype as safetensors spells it (F32, BF16, ...)."""
         return self._entries[name]["dtype"]
 
-    def stored_bytes(self, name: str) -> int:
-        """Bytes of the tensor `name` in the file."""
-        first, last = self._entries[name]["data_offsets"]
-        return last - first
-
     def read(self, name: str) -> Tensor:
-        """The tensor, in memory of its own; raises GrowmoeError when its dtype is not known,
-        when it is not finite, or when the file shrank."""
-        first, last = self._entries[name]["data_offsets"]
-        tensor = torch.empty(self.shape(name), dtype=self._dtype(name))
+        """The tensor, in memory of its own unless mapped; raises GrowmoeError when its dtype is
+        not known, when it is not finite, or when the file shrank."""
+        if self.code(name) not in CODES:
+            raise GrowmoeError(
+                f"{self.path}: tensor {name} has dtype {self.code(name)}; "
+                f"known are {', '.join(CODES)}"
+            )
+        dtype = DTYPES[CODES[self.code(name)]]
+        first, last = (self._start + place for place in self._entries[name]["data_offsets"])
+        # torch wants aligned elements, and the kernel at least one
+        plain = not self.mapped or first == last or first % dtype.itemsize
+        tensor = (self._read if plain else self._map)(self.shape(name), dtype, first, last)
+        if not is_finite(tensor):
+            raise GrowmoeError(f"{self.path}: tensor {name} holds NaN or infinite values")
+        return tensor
+
+    def _read(self, shape: tuple[int, ...], dtype: torch.dtype, first: int, last: int) -> Tensor:
+        tensor = torch.empty(shape, dtype=dtype)
         if tensor.numel():
             buffer = tensor.view(-1).view(torch.uint8).numpy().data
             with open(self.path, "rb", buffering=0) as stream:
-                stream.seek(self._start + first)
+                stream.seek(first)
                 done = 0
                 while done < last - first:
                     got = stream.readinto(buffer[done:])
                     if not got:
                         raise GrowmoeError(f"{self.path} is not a whole safetensors file")
                     done += got
-        return self._finite(name, tensor)
+        return tensor
 
-    def map(self, name: str) -> Tensor:
-        """The tensor as private pages of the file, checked as `read` checks it; a copy of the file
-        in memory of its own is never made, and the pages go when the tensor does.
-
-        For passing through only: whoever cuts the file short while a tensor of it lives kills the
-        process at the next touch (SIGBUS), so nothing that stays may point into it.
-        """
-        first, last = (self._start + place for place in self._entries[name]["data_offsets"])
-        dtype, page = self._dtype(name), mmap.ALLOCATIONGRANULARITY
-        if first == last or first % dtype.itemsize:  # torch wants aligned elements
-            return self.read(name)
-        before = first % page
+    def _map(self, shape: tuple[int, ...], dtype: torch.dtype, first: int, last: int) -> Tensor:
+        before = first % mmap.ALLOCATIONGRANULARITY
         with open(self.path, "rb") as stream:
             if os.fstat(stream.fileno()).st_size < last:
                 raise GrowmoeError(f"{self.path} is not a whole safetensors file")
@@ -95,23 +98,8 @@ class TensorFile:
                 stream.fileno(), last - first + before, access=mmap.ACCESS_COPY,
                 offset=first - before,
             )  # fmt: skip
-        flat = torch.frombuffer(
-            pages, dtype=dtype, count=(last - first) // dtype.itemsize, offset=before
-        )
-        return self._finite(name, flat.view(self.shape(name)))
-
-    def _dtype(self, name: str) -> torch.dtype:
-        if self.code(name) not in CODES:
-            raise GrowmoeError(
-                f"{self.path}: tensor {name} has dtype {self.code(name)}; "
-                f"known are {', '.join(CODES)}"
-            )
-        return DTYPES[CODES[self.code(name)]]
-
-    def _finite(self, name: str, tensor: Tensor) -> Tensor:
-        if not is_finite(tensor):
-            raise GrowmoeError(f"{self.path}: tensor {name} holds NaN or infinite values")
-        return tensor
+        count = (last - first) // dtype.itemsize
+        return torch.frombuffer(pages, dtype=dtype, count=count, offset=before).view(shape)
 
 
 def is_finite(tensor: Tensor) -> bool:
