@@ -92,7 +92,7 @@ class Bench:
                     self._compare(form, threads)
                     for number in range(self.options.repeats):
                         self._round(form, threads, number)
-                    self.pool.close(threads=threads)
+                    self.pool.close(form, threads)
 
     def _compare(self, form: str, threads: int) -> None:
         for name in self.options.engines:
@@ -325,7 +325,7 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--tokens", type=int, default=64, help="decoding steps")
     add("--prefill", type=int, default=512, help="tokens of a prompt that is timed; 0: none")
     add("--repeats", type=int, default=5)
-    add("--resident", type=int, default=5, help="engines in memory at a time, the probe included")
+    add("--resident", type=int, default=6, help="engines in memory at a time, the probe included")
     add("--probe-mib", type=int, default=512, help="memory that the bandwidth probe reads")
     add("--python", action="append", default=[], metavar="KIND=PATH",
         help="run this kind of engine with another interpreter")  # fmt: skip

@@ -137,7 +137,7 @@ class Pool:
         return {**answer, "others_cpu": used / spent, "load": os.getloadavg()[0]}
 
     def close(self, form: str | None = None, threads: int | None = None) -> None:
-        """End the workers of this form and thread count, or all."""
+        """End the workers of this form and thread count, or all; the probe has no form."""
         for key in list(self.workers):
             if form in (None, key.form) and threads in (None, key.threads):
                 self.workers.pop(key).close()

@@ -28,6 +28,7 @@ ALLOWED = {
     "data": set(),
     "models": {"recipe", "ops"},
     "hf": {"models"},
+    "hf_experts": {"ops"},
     "growth": {"recipe", "ops", "models"},
     "planning": {"recipe", "models", "data"},
     "training": {"recipe", "ops", "models", "data"},
