@@ -110,8 +110,8 @@ TINY = (
 def test_decode_measures_engines_in_turns(tmp_path: Path) -> None:
     pytest.importorskip("xllamacpp")
     done = bench(
-        *TINY, "--cache", str(tmp_path), "--probe-mib", "4", "--threads", "1", "--batches", "1", "3",
-        "--tokens", "4", "--prefill", "40", "--repeats", "2", "--forms", "float32", "int4",
+        *TINY, "--cache", str(tmp_path), "--probe-mib", "4", "--threads", "1", "--tokens", "4",
+        "--batches", "1", "3", "--prefill", "40", "--repeats", "2", "--forms", "float32", "int4",
         "--engines", "growmoe", "llama.cpp",
         script="decode.py",
     )  # fmt: skip
