@@ -122,7 +122,7 @@ def test_the_refusal_says_needs_free_and_what_fits_in_one_sentence() -> None:
         admit(big(), Wanted(kv_gb=0.001, step_tokens=64), 200 << 20, "models/x")
     assert str(caught.value) == (
         "models/x in bfloat16 needs 293.3 MiB of memory (weights 290.1 MiB, KV cache 1.0 "
-        "KiB, a step 2.2 MiB), but 200.0 MiB are free; this would fit: --weights int8 or "
+        "MiB, a step 2.2 MiB), but 200.0 MiB are free; this would fit: --weights int8 or "
         "--expert-memory 194M"
     )
 
