@@ -6,7 +6,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 CONSTRAINTS := constraints/ci.txt
 WORKERS ?= 2
 
-.PHONY: demo test test-slow lint format clean
+.PHONY: demo test test-slow lint format native clean
 
 demo: $(VENV)/.demo  ## from raw text to a mixture of experts, then how to talk to it
 	$(BIN)/growmoe run recipes/demo.yaml $(OVERRIDES)
@@ -26,7 +26,11 @@ format: $(VENV)/.dev
 	$(BIN)/ruff check --fix --quiet src tests benchmarks
 	$(BIN)/ruff format --quiet src tests benchmarks
 
+native: | $(BIN)/python  ## compile the CPU kernels again after a change of src/growmoe/native
+	$(BIN)/python hatch_build.py
+
 clean:
+	rm -f src/growmoe/native/libgrowmoe.so
 	rm -rf $(VENV) dist .pytest_cache .mypy_cache .ruff_cache
 
 $(BIN)/python:

@@ -5,7 +5,7 @@ import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer
@@ -13,14 +13,13 @@ from tokenizers import Tokenizer
 from growmoe.data.tokenizer import load_tokenizer
 from growmoe.errors import UsageError
 from growmoe.files import read_json
+from growmoe.inference.weights import build_for_inference
 from growmoe.memory import free_memory
-from growmoe.models.checkpoint import build_model, open_source
+from growmoe.models.checkpoint import open_source
 from growmoe.models.footprint import Footprint, Wanted, admit
 from growmoe.models.gguf import export_tokenizer
 from growmoe.models.transformer import Transformer
-
-Form = Literal["float32", "bfloat16"]
-"""How weights lie in memory."""
+from growmoe.ops.native import FORMS, Form
 
 
 @dataclass(frozen=True)
@@ -59,14 +58,14 @@ def load(path: Path, form: Form, wanted: Wanted | None = None) -> Loaded:
     A directory without tokenizer.json gives a model for token ids only. Raises UsageError before a
     weight is read when serving it as `wanted` does not fit into the memory that is free.
     """
-    if form not in get_args(Form):
-        raise UsageError(f"form '{form}' is not one of {', '.join(get_args(Form))}")
+    if form not in FORMS:
+        raise UsageError(f"weights '{form}' are none of {', '.join(FORMS)}")
     source = open_source(path, mapped=True)
     kv_dtype = default_kv_dtype(form)
     wanted = dataclasses.replace(wanted or Wanted(kv_dtype=kv_name(kv_dtype)), form=form)
     found = admit(source.config, wanted, free_memory(), str(path))
     started = time.perf_counter()
-    model = build_model(source, form)
+    model = build_for_inference(source, form)
     report = LoadReport(time.perf_counter() - started, source.file_bytes())
     tokenizer = _tokenizer(path)
     ends = _ends(path, model.config.token_ids, tokenizer)

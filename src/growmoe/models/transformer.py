@@ -66,13 +66,15 @@ class Transformer(nn.Module):
         self.config = config
         self.recompute = False
         """In training, keep only what enters each block and run it again in backward."""
-        self.embed = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.embed: nn.Module = nn.Embedding(config.vocab_size, config.hidden_size)
         if config.positions == "learned":
-            self.positions = nn.Embedding(config.max_positions, config.hidden_size)
+            self.positions: nn.Module = nn.Embedding(config.max_positions, config.hidden_size)
         self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.num_layers))
         self.norm = make_norm(config, config.hidden_size)
+        self.head: nn.Module | None = None
+        """None where the embedding is the head."""
         if not config.tied_head:
-            self.head: nn.Linear = Linear(config.hidden_size, config.vocab_size, bias=False)
+            self.head = Linear(config.hidden_size, config.vocab_size, bias=False)
 
     def forward(
         self,
@@ -114,8 +116,8 @@ class Transformer(nn.Module):
             if routed is not None:
                 routing.append(routed)
         x_BTD = self.norm(x_BTD if rows_N is None else x_BTD[:, rows_N])
-        if self.config.tied_head:
-            return Output(linear(x_BTD, self.embed.weight), routing)
+        if self.head is None:
+            return Output(linear(x_BTD, self.embed.get_parameter("weight")), routing)
         return Output(self.head(x_BTD), routing)
 
     @torch.no_grad()

@@ -5,6 +5,7 @@ rows, and any engine may store it as it likes.
 """
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +19,7 @@ RANGES = {8: (-127, 127), 4: (-8, 7)}
 # The largest weight of a group of 4 bits becomes -8, -9 (cut to -8) or something between, with a
 # scale of the sign that this takes; 7 is there so that what was quantised once stays as it is.
 _DIVISORS = {8: (127.0,), 4: (8.0, 8.25, 8.5, 8.75, 9.0, 7.75, 7.0)}
+BITS = {"int8": 8, "int4": 4}
 _SMALLEST = torch.finfo(torch.bfloat16).tiny
 _PIECE = 1 << 16  # weights at a time: what the search needs stays in the processor's cache
 
@@ -104,6 +106,23 @@ def dequantize(quantized: Quantized) -> Tensor:
         scales = scales_NG[rows].to(torch.float32).repeat_interleave(GROUP, dim=1)[:, :K]
         torch.mul(values_NK[rows], scales, out=out[rows])
     return out
+
+
+class _Weights(Protocol):
+    def load(self, name: str) -> Tensor: ...
+
+
+def stored_or_made(source: _Weights, name: str, bits: int) -> Quantized:
+    """The integers of `name` as a quantised checkpoint stores them, if they fit `bits`; else made
+    now from the weight rounded to bfloat16."""
+    load = getattr(source, "load_quantized", None)
+    found: Quantized | None = load(name) if load is not None else None
+    if found is not None:
+        low, high = RANGES[bits]
+        smallest, largest = found.values_NK.aminmax()
+        if low <= int(smallest) and int(largest) <= high:
+            return found
+    return quantize(source.load(name).to(torch.bfloat16), bits)
 
 
 # ---- in words of 32 bits, as the files of compressed-tensors hold them ----

@@ -18,7 +18,9 @@ def run() -> dict[str, Any]:
     import torch
     import torch.nn.functional as F
 
+    from growmoe.inference.prepacked import prepacking
     from growmoe.memory import free_memory
+    from growmoe.ops import native
     from growmoe.ops.products import onednn
     from growmoe.training.trainer import native_bfloat16
 
@@ -35,6 +37,11 @@ def run() -> dict[str, Any]:
         advice.append("a newer torch has grouped_mm; without it experts run in a slower loop")
     if not onednn():
         advice.append("this torch has no oneDNN product for float32; training uses its slower mm")
+    if not native.available():
+        advice.append(
+            "the CPU kernels were not compiled, so generating is slower: install g++ and then "
+            "growmoe again (GROWMOE_NATIVE=require shows what is missing)"
+        )
     if torch.cuda.is_available() and not _version("triton"):
         advice.append("pip install triton for the kernels of MoE layers on a GPU")
     return {
@@ -47,6 +54,8 @@ def run() -> dict[str, Any]:
         "native_bfloat16": native_bfloat16(),
         "grouped_mm": hasattr(F, "grouped_mm"),
         "onednn_float32": onednn(),
+        "native_kernels": native.level(),
+        "onednn_prepacked": prepacking(),
         "triton": _version("triton"),
         "accelerator": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "memory_free_mb": free_memory() >> 20,

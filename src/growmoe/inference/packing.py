@@ -1,0 +1,294 @@
+"""The Transformer with its leaf modules exchanged for the native kernels of `ops.native`.
+
+The skeleton stays that of `models.transformer`; norms, attention, feed-forwards and the head become
+modules that hold packed weights (one copy) and compute in float32. Weights come from a Source one
+by one, so that memory holds the packed model and one tensor.
+
+Letters: T tokens, D hidden, H query heads, G key/value heads, C head dim, E experts, K experts per
+token.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from growmoe.models.attention import Cache, LayerNorm, attend, rotate
+from growmoe.models.checkpoint import Source
+from growmoe.models.config import ModelConfig
+from growmoe.models.moe import MLP
+from growmoe.models.router import Routing
+from growmoe.models.transformer import Transformer
+from growmoe.ops import native
+from growmoe.ops.native import Form, Packed
+from growmoe.ops.quantized import BITS, stored_or_made
+
+Join = Callable[..., Tensor]
+
+
+class RaggedCache(Protocol):
+    """What the native attention needs of a cache: see `paged.PagedBatch`."""
+
+    cache: "_Blocks"
+    starts_S: Tensor
+    counts_S: Tensor
+    rows_S1: Tensor
+    tables_SM: Tensor
+
+
+class _Blocks(Protocol):
+    keys: list[Tensor]
+    values: list[Tensor]
+
+
+class Reader:
+    """Weights of a source in one form: `packed` joins tensors by rows before packing them."""
+
+    def __init__(self, source: Source, form: Form) -> None:
+        self.source, self.form = source, form
+
+    def exact(self, name: str) -> Tensor:
+        """The tensor in float32, rounded to bfloat16 first unless the form is float32."""
+        tensor = self.source.load(name)
+        if self.form != "float32":
+            tensor = tensor.to(torch.bfloat16)
+        return tensor.to(torch.float32)
+
+    def packed(
+        self, names: Sequence[str], join: Join = lambda *rows: torch.cat(rows),
+        bias: bool = False, form: Form | None = None,
+    ) -> Packed:  # fmt: skip
+        """`NAME.weight` of all names as one packed weight, and their biases as one."""
+        form = form or self.form
+        bias_N = join(*(self.exact(f"{name}.bias") for name in names)) if bias else None
+        if form == "float32" or form == "bfloat16":
+            tensors = [self.source.load(f"{name}.weight") for name in names]
+            return native.pack(join(*tensors), form, bias_N)
+        parts = [stored_or_made(self.source, f"{name}.weight", BITS[form]) for name in names]
+        return native.pack_integers(
+            join(*(part.values_NK for part in parts)), join(*(part.scales_NG for part in parts)),
+            form, bias_N,
+        )  # fmt: skip
+
+    def expert(self, config: ModelConfig, name: str) -> native.PackedExpert:
+        """The feed-forward `name`, with its gate and up rows interleaved."""
+        if config.activation == "swiglu":
+            up = self.packed((f"{name}.gate", f"{name}.up"), native.interleaved, config.mlp_bias)
+        else:
+            up = self.packed((f"{name}.up",), bias=config.mlp_bias)
+        return native.PackedExpert(up, self.packed((f"{name}.down",), bias=config.mlp_bias))
+
+
+def build_packed(source: Source, form: Form) -> Transformer:
+    """The model of `source` with packed weights in `form`: norms, routers and mixing coefficients
+    stay as they are, the embedding stays a table, and the head of an int4 model has int8."""
+    config, read = source.config, Reader(source, form)
+    with torch.device("meta"):
+        model = Transformer(config)
+    exchange(model, embed=PackedEmbedding(source.load("embed.weight"), form))
+    if config.positions == "learned":
+        exchange(model, positions=PackedEmbedding(source.load("positions.weight"), form))
+    for layer, block in enumerate(model.layers):
+        place = f"layers.{layer}"
+        exchange(
+            block,
+            attn_norm=packed_norm(config, read, f"{place}.attn_norm"),
+            attn=PackedAttention(config, layer, read),
+            mlp_norm=packed_norm(config, read, f"{place}.mlp_norm"),
+        )
+        if config.experts_in(layer):
+            exchange(block, moe=PackedMoE(config, layer, read), mlp=None)
+        else:
+            exchange(block, mlp=PackedMLP(config, read.expert(config, f"{place}.mlp")))
+    head = "embed" if config.tied_head else "head"
+    exchange(
+        model,
+        norm=packed_norm(config, read, "norm"),
+        head=PackedLinear(read.packed((head,), form="int8" if form == "int4" else form)),
+    )
+    return model.eval()
+
+
+def exchange(owner: nn.Module, **parts: nn.Module | None) -> None:
+    """Put other modules in the place of children of `owner`."""
+    for name, module in parts.items():
+        setattr(owner, name, module)
+
+
+class PackedEmbedding(nn.Module):
+    """A table of rows, given out in float32."""
+
+    def __init__(self, weight_VD: Tensor, form: Form) -> None:
+        super().__init__()
+        self.weight_VD = weight_VD if form == "float32" else weight_VD.to(torch.bfloat16)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """[...] -> [..., D]."""
+        return self.weight_VD[tokens].to(torch.float32)
+
+
+class PackedLinear(nn.Module):
+    """A linear layer."""
+
+    def __init__(self, weight: Packed) -> None:
+        super().__init__()
+        self.packed = weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., D] -> [..., N]."""
+        y_TN = native.linear(x.reshape(-1, x.shape[-1]), self.packed)
+        return y_TN.view(*x.shape[:-1], -1)
+
+
+class PackedNorm(nn.Module):
+    """RMS norm."""
+
+    def __init__(self, weight_D: Tensor, eps: float) -> None:
+        super().__init__()
+        self.weight_D, self.eps = weight_D.contiguous(), eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., D] -> [..., D]."""
+        return native.rms_norm(x.contiguous(), self.weight_D, self.eps)
+
+
+def packed_norm(config: ModelConfig, read: Reader, name: str) -> nn.Module:
+    """The norm `name`; a LayerNorm stays torch's."""
+    weight_D = read.exact(f"{name}.weight")
+    if config.norm == "rms":
+        return PackedNorm(weight_D, config.norm_eps)
+    norm = LayerNorm(len(weight_D), config.norm_eps)
+    norm.weight, norm.bias = nn.Parameter(weight_D), nn.Parameter(read.exact(f"{name}.bias"))
+    return norm.requires_grad_(False)
+
+
+class PackedAttention(nn.Module):
+    """Attention of one layer: queries, keys and values from one product; over a ragged cache one
+    native call does the rest."""
+
+    def __init__(self, config: ModelConfig, layer: int, read: Reader) -> None:
+        super().__init__()
+        self.config, self.layer = config, layer
+        place = f"layers.{layer}.attn"
+        qkv = [f"{place}.{part}" for part in ("q", "k", "v")]
+        self.qkv = PackedLinear(read.packed(qkv, bias=config.qkv_bias))
+        self.o = PackedLinear(read.packed((f"{place}.o",), bias=config.o_bias))
+        self.q_norm = self.k_norm = None
+        if config.qk_norm:
+            self.q_norm = PackedNorm(read.exact(f"{place}.q_norm.weight"), config.norm_eps)
+            self.k_norm = PackedNorm(read.exact(f"{place}.k_norm.weight"), config.norm_eps)
+        self.over_all = config.qk_norm and config.qk_norm_scope == "all"
+        inside = not self.over_all
+        self.shape = native.AttentionShape(
+            config.num_heads, config.num_kv_heads, config.head_dim, config.sliding_window or 0,
+            self.q_norm.weight_D if self.q_norm and inside else None,
+            self.k_norm.weight_D if self.k_norm and inside else None, config.norm_eps,
+        )  # fmt: skip
+
+    def forward(
+        self, x_BTD: Tensor, rotary: Tensor | None, cache: Cache | None,
+        real_BS: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
+        """As `models.attention.Attention`."""
+        qkv_BTX = self.qkv(x_BTD)
+        if self.over_all:
+            self._norm_all(qkv_BTX)
+        ragged = getattr(cache, "cache", None)
+        if ragged is None:
+            return self.o(self._plain(qkv_BTX, rotary, cache, real_BS))
+        batch: RaggedCache = cache  # type: ignore[assignment]
+        y_TX = native.attention(
+            qkv_BTX[0], rotary, ragged.keys[self.layer], ragged.values[self.layer],
+            native.Ragged(batch.starts_S, batch.counts_S, batch.rows_S1, batch.tables_SM),
+            self.shape,
+        )  # fmt: skip
+        return self.o(y_TX[None])
+
+    def _norm_all(self, qkv_BTX: Tensor) -> None:
+        q_width = self.config.num_heads * self.config.head_dim
+        k_width = self.config.num_kv_heads * self.config.head_dim
+        for norm, rows in ((self.q_norm, qkv_BTX[..., :q_width]),
+                           (self.k_norm, qkv_BTX[..., q_width : q_width + k_width])):  # fmt: skip
+            assert norm is not None
+            rows.copy_(norm(rows))
+
+    def _plain(
+        self, qkv_BTX: Tensor, rotary: Tensor | None, cache: Cache | None, real_BS: Tensor | None
+    ) -> Tensor:
+        """Over whole sequences or an ordinary cache, by torch."""
+        config, (B, T, _) = self.config, qkv_BTX.shape
+        heads = (config.num_heads, config.num_kv_heads, config.num_kv_heads)
+        q, k, v = qkv_BTX.view(B, T, -1, config.head_dim).split(heads, dim=2)
+        if self.q_norm is not None and self.k_norm is not None and not self.over_all:
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+        if rotary is not None:
+            q, k = rotate(q, rotary), rotate(k, rotary)
+        if cache is None:
+            y = attend(q, k, v, config.sliding_window, real_BS)
+        else:
+            y = cache.attend(self.layer, q, k, v, config.sliding_window, real_BS)
+        return y.transpose(1, 2).reshape(B, T, -1)
+
+
+class PackedMLP(nn.Module):
+    """A dense feed-forward: one expert that every token has."""
+
+    def __init__(self, config: ModelConfig, expert: native.PackedExpert) -> None:
+        super().__init__()
+        self.hidden = config.hidden_size
+        self.table = native.ExpertTable([expert], config.activation == "gelu")
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., D] -> [..., D]."""
+        x_TD = x.reshape(-1, self.hidden)
+        chosen_TK = torch.zeros(len(x_TD), 1, dtype=torch.int32)
+        y_TD = native.experts(x_TD, chosen_TK, torch.ones(len(x_TD), 1), self.table, self.hidden)
+        return y_TD.view_as(x)
+
+
+class PackedMoE(nn.Module):
+    """Router, experts and fixed branch of one layer; the fixed branch is one more expert, which
+    every token has, with the share that the mixing coefficients give it."""
+
+    def __init__(self, config: ModelConfig, layer: int, read: Reader) -> None:
+        super().__init__()
+        assert config.moe is not None
+        self.moe, self.hidden, self.layer = config.moe, config.hidden_size, layer
+        self.count = config.experts_in(layer)
+        place = f"layers.{layer}.moe"
+        router_ED = read.exact(f"{place}.router.weight")
+        bias_E = read.exact(f"{place}.router.bias") if self.moe.selection_bias else None
+        mix: Packed | None = None
+        if self.moe.mix in ("softmax2", "sigmoid_gate"):
+            mix_bias = read.exact(f"{place}.mix.bias") if self.moe.mix == "softmax2" else None
+            mix = native.pack(read.exact(f"{place}.mix.weight"), "float32", mix_bias)
+        self.router = native.PackedRouter(
+            native.pack(router_ED, "float32"), bias_E, self.moe.top_k,
+            self.moe.scoring == "sigmoid", self.moe.renormalize, self.moe.groups,
+            self.moe.top_groups, self.moe.mix, mix,
+        )  # fmt: skip
+        experts: list[native.PackedExpert | None] = [
+            read.expert(config, f"{place}.experts.{expert}") for expert in range(self.count)
+        ]
+        if self.moe.mix != "none":
+            experts.append(read.expert(config, f"layers.{layer}.mlp"))
+        self.table = native.ExpertTable(experts, config.activation == "gelu")
+        self.observe = False
+        """Whether the routing is returned, for whoever watches it; it costs a few operators."""
+
+    def forward(self, x_BTD: Tensor, fixed: MLP | None = None) -> tuple[Tensor, Routing | None]:
+        """As `models.moe.MoE`; the fixed branch is inside."""
+        x_TD = x_BTD.reshape(-1, self.hidden)
+        routed = native.route(x_TD, self.router)
+        y_TD = native.experts(x_TD, routed.chosen_TK, routed.shares_TK, self.table, self.hidden)
+        return y_TD.view_as(x_BTD), self._routing(routed, len(x_BTD)) if self.observe else None
+
+    def _routing(self, routed: native.Routed, sequences: int) -> Routing:
+        experts_TK = routed.chosen_TK[:, : self.moe.top_k].long()
+        counts_E = torch.bincount(experts_TK.flatten(), minlength=self.count)
+        return Routing(
+            routed.logits_TE, routed.scores_TE, experts_TK,
+            routed.shares_TK[:, : self.moe.top_k], counts_E, counts_E, self.moe.scoring, sequences,
+        )  # fmt: skip
