@@ -41,7 +41,7 @@ class Detokenizer:
 
 
 class TextStream:
-    """The text of one sample, which ends before the first stop string."""
+    """The text of one sample, which ends before the stop string that is complete first."""
 
     def __init__(self, tokenizer: Tokenizer, stop: tuple[str, ...]) -> None:
         self._detokenizer = Detokenizer(tokenizer)
@@ -67,10 +67,13 @@ class TextStream:
         if not self._stop or not piece:
             return piece
         text = self._held + piece
-        places = [place for place in map(text.find, self._stop) if place >= 0]
+        # the one that is complete first, so that it does not matter how tokens cut the text
+        places = [
+            (place + len(stop), place) for stop in self._stop if (place := text.find(stop)) >= 0
+        ]
         if places:
             self.stopped, self._held = True, ""
-            return text[: min(places)]
+            return text[: min(places)[1]]
         keep = 0
         for size in range(min(self._longest - 1, len(text)), 0, -1):
             if any(stop.startswith(text[-size:]) for stop in self._stop):

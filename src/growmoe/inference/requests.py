@@ -42,7 +42,7 @@ class Sampling:
     n: int = 1
     """Samples per prompt; the prompt is computed once."""
     stop: tuple[str, ...] = ()
-    """The text ends before the first of these strings."""
+    """The text ends before the one of these strings that is complete first."""
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
     logprobs: int | None = None
