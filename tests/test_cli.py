@@ -141,6 +141,14 @@ def test_verify_says_when_models_differ(dense: Path, corpus: Path, tmp_path: Pat
         (["generate", "{dense}", "--prompt", ""], 2, "the prompt is empty"),
         (["generate", "{dense}", "--prompt", "{long}"], 2, "the model's context is 160"),
         (["generate", "{dense}", "--prompt", "a", "--top-p", "2"], 2, "top_p"),
+        (["generate", "{dense}", "--prompt", "a", "--top-k", "-1"], 2, "top_k"),
+        (["generate", "{dense}", "--prompt", "a", "--min-p", "1.5"], 2, "min_p"),
+        (["generate", "{dense}", "--prompt", "a", "--repetition-penalty", "0"], 2,
+         "repetition_penalty"),
+        (["generate", "{dense}", "--prompt", "a", "--stop", ""], 2, "stop"),
+        (["generate", "{dense}", "--prompt", "a", "--n", "0"], 2, "n: "),
+        (["generate", "{dense}", "--prompt", "a", "--logprobs", "101"], 2, "logprobs"),
+        (["generate", "{dense}", "--prompt", "a", "--weights", "int3"], 2, "weights"),
         (["inspect", "{tmp}"], 2, "neither a model, a corpus nor a run"),
         (["report", "{tmp}"], 2, "no summary.json"),
         (["plan"], 2, "exactly one of a recipe"),
@@ -196,6 +204,36 @@ def test_generate_streams_and_is_seeded(dense: Path) -> None:
     assert other.json["samples"][0]["text"] != sample["text"]
 
 
+def test_generate_takes_every_option(dense: Path) -> None:
+    prompts = ["--prompt", "The river", "--prompt", "When the"]
+    options = ["--n", 2, "--max-tokens", 9, "--temperature", 1.2, "--top-k", 30, "--min-p", 0.01,
+               "--repetition-penalty", 1.1, "--ignore-eos", "--logprobs", 3]  # fmt: skip
+    done = growmoe("generate", dense, *prompts, *options, "--weights", "float32")
+    assert done.code == 0, done.err
+    samples = done.json["samples"]
+    assert [s["prompt"] for s in samples] == ["The river"] * 2 + ["When the"] * 2
+    assert len({s["text"] for s in samples}) == 4
+    for sample in samples:
+        assert (sample["tokens"], sample["finish_reason"]) == (9, "length")
+        assert len(sample["logprobs"]) == 9
+        assert all(len(found["top"]) == 3 for found in sample["logprobs"])
+    # shown one after another, though they are computed together
+    shown = "".join(f"{s['prompt']}{s['text']}\n" for s in samples)
+    assert done.out.startswith(shown)
+    stop = next(letter for letter in samples[0]["text"] if letter.isalpha())
+    ended = growmoe("generate", dense, *prompts, *options, "--weights", "float32", "--stop", stop)
+    text = ended.json["samples"][0]["text"]
+    assert text == samples[0]["text"][: samples[0]["text"].index(stop)]
+    assert ended.json["samples"][0]["finish_reason"] == "stop"
+
+
+@pytest.mark.parametrize("weights", ["bfloat16", "int8", "int4"])
+def test_generate_in_other_forms(dense: Path, weights: str) -> None:
+    done = growmoe("generate", dense, "--prompt", "The river", "--weights", weights)
+    assert done.code == 0, done.err
+    assert done.json["samples"][0]["tokens"] > 0
+
+
 def chat(model: Path, typed: str, *options: object) -> tuple[str, str]:
     done = subprocess.run(
         [sys.executable, "-m", "growmoe", "chat", str(model), "--max-tokens=8", *map(str, options)],
@@ -219,7 +257,10 @@ def test_chat_answers_every_line(dense: Path) -> None:
 def test_chat_uses_the_template(dense: Path) -> None:
     out, err = chat(dense, "hello\nagain\n", "--format", "template")
     assert "its chat template" in err
-    assert json.loads(out.splitlines()[-1])["turns"] == 2
+    result = json.loads(out.splitlines()[-1])
+    assert result["turns"] == 2
+    # the second prompt starts with the first one and its answer, whose blocks are still there
+    assert result["cached_tokens"] >= 16
 
 
 def test_evaluate_scores_tasks(dense: Path, corpus: Path, tmp_path: Path) -> None:

@@ -12,7 +12,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 import growmoe.hf
 from conftest import tiny_config, tiny_model, write_tiny
 from growmoe.errors import GrowmoeError, UsageError
-from growmoe.inference.generate import Sampling, generate_tokens
+from growmoe.inference.llm import LLM
+from growmoe.inference.loading import Loaded
+from growmoe.inference.requests import Sampling
 from growmoe.models.checkpoint import Directory, load_model
 from growmoe.models.config import MoEConfig, tensor_shapes
 from growmoe.models.families import config_from_hf
@@ -221,8 +223,9 @@ def test_greedy_generation(kind: str) -> None:
     prompt = TOKENS[:1, :9]
     with_cache = model.generate(prompt, max_new_tokens=20, do_sample=False)
     without = model.generate(prompt, max_new_tokens=20, do_sample=False, use_cache=False)
+    engine = LLM(Loaded(kind, model.model, None, frozenset(), torch.float32))
     sampling = Sampling(max_tokens=20, temperature=0)
-    ours = list(generate_tokens(model.model, prompt[0].tolist(), sampling, frozenset()))
+    ours = engine.generate(prompt.tolist(), sampling)[0].token_ids
     assert with_cache[0, 9:].tolist() == without[0, 9:].tolist() == ours
     assert len(set(ours)) > 1
 

@@ -7,10 +7,11 @@ from pathlib import Path
 import pytest
 
 from conftest import fresh_growmoe
-from growmoe.data.tokenizer import load_tokenizer
-from growmoe.inference.generate import Sampling, stream_text
-from growmoe.models.checkpoint import build_model, load_model
-from growmoe.models.gguf import GGUFFile, export_tokenizer
+from growmoe.inference.llm import LLM
+from growmoe.inference.requests import Sampling
+from growmoe.models.checkpoint import load_model
+from growmoe.models.gguf import GGUFFile
+from growmoe.ops.native import Form
 
 
 def gguf_file() -> Path:
@@ -27,15 +28,14 @@ def test_the_header_of_a_real_gguf_file() -> None:
     assert config.params_total() == 134_515_008
 
 
-def test_the_weights_of_a_real_gguf_file(tmp_path: Path) -> None:
+@pytest.mark.parametrize("form", ["float32", "int8"])
+def test_the_weights_of_a_real_gguf_file(form: Form) -> None:
     """Dequantisation, row order and rotary layout: the model knows what it was taught."""
-    path = gguf_file()
-    model = build_model(GGUFFile(path))
-    export_tokenizer(path, tmp_path)
-    tokenizer = load_tokenizer(tmp_path)
+    llm = LLM(gguf_file(), form, kv_gb=0.05)
     sampling = Sampling(max_tokens=4, temperature=0)
-    pieces = stream_text(model, tokenizer, "The capital of France is", sampling, frozenset())
-    assert "".join(pieces).startswith(" Paris")
+    france, italy = llm.generate(["The capital of France is", "The capital of Italy is"], sampling)
+    assert france.text.startswith(" Paris")
+    assert italy.text.startswith(" Rome")
 
 
 @pytest.mark.slow

@@ -5,18 +5,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tokenizers import Tokenizer
 from torch import Tensor
 
 from growmoe.data.corpus import Corpus
 from growmoe.data.prepare import first_documents
 from growmoe.data.tokenizer import load_tokenizer, same_tokenizer
 from growmoe.errors import UsageError
-from growmoe.files import read_json
 from growmoe.growth.verify import Comparison
-from growmoe.models.checkpoint import Directory, Source, build_model, load_model
+from growmoe.models.checkpoint import Directory, Source, build_model
 from growmoe.models.config import ModelConfig
-from growmoe.models.transformer import Transformer
 from growmoe.training.validation import domain_losses
 
 CHECK_TOKENS = 1024
@@ -134,21 +131,6 @@ def declared_exact(a: Path, b: Path) -> bool:
         if Path(steps[number]["from"]).resolve() == a.resolve():
             return all(step.get("exact", True) for step in steps[number:])
     return True
-
-
-def load_for_text(path: Path) -> tuple[Transformer, Tokenizer, frozenset[int]]:
-    """Model, tokenizer and the tokens that end a text."""
-    tokenizer = load_tokenizer(path)
-    model = load_model(path)
-    ids: set[int] = set()
-    extra = path / "generation_config.json"
-    for found in (model.config.token_ids, read_json(extra) if extra.exists() else {}):
-        eos = found.get("eos_token_id")
-        ids |= set(eos if isinstance(eos, list) else [] if eos is None else [eos])
-    for name in ("<|im_end|>", "<|endoftext|>"):
-        if (token := tokenizer.token_to_id(name)) is not None:
-            ids.add(token)
-    return model, tokenizer, frozenset(ids)
 
 
 def note(text: str) -> None:

@@ -11,28 +11,49 @@ from growmoe.cli.common import (
     Json,
     Seed,
     existing,
+    own_options,
     show_dry_run,
     stage,
     threads,
 )
 from growmoe.errors import UsageError
 
+Weights = Annotated[
+    str, typer.Option(help="How the model is held: float32, bfloat16, int8 or int4.")
+]
+MaxTokens = Annotated[int, typer.Option(help="Longest answer.")]
+Temperature = Annotated[float, typer.Option(help="0 takes the likeliest token.")]
+TopK = Annotated[int, typer.Option(help="Only the k likeliest tokens; 0: all.")]
+TopP = Annotated[float, typer.Option(help="Only the likeliest tokens that make up this much.")]
+MinP = Annotated[float, typer.Option(help="Only tokens this likely, relative to the likeliest.")]
+Penalty = Annotated[float, typer.Option(help="Above 1: tokens seen become less likely.")]
+
 
 def generate(
-    model: Annotated[str, typer.Argument(help="Model directory.")],
+    model: Annotated[str, typer.Argument(help="Model directory or .gguf file.")],
     prompt: Annotated[list[str], typer.Option(help="Text to continue, repeatable.")],
-    max_tokens: Annotated[int, typer.Option()] = 128,
-    temperature: Annotated[float, typer.Option(help="0 takes the likeliest token.")] = 0.8,
-    top_p: Annotated[float, typer.Option()] = 0.95,
+    weights: Weights = "bfloat16",
+    max_tokens: MaxTokens = 128,
+    temperature: Temperature = 0.8,
+    top_k: TopK = 0,
+    top_p: TopP = 0.95,
+    min_p: MinP = 0.0,
+    repetition_penalty: Penalty = 1.0,
+    n: Annotated[int, typer.Option("--n", help="Samples per prompt.")] = 1,
+    stop: Annotated[list[str] | None, typer.Option(help="Text to end before, repeatable.")] = None,
+    ignore_eos: Annotated[
+        bool, typer.Option("--ignore-eos", help="Go on after the end of a text.")
+    ] = False,
+    logprobs: Annotated[
+        int | None, typer.Option(help="Log-probabilities of so many likeliest tokens, in the JSON.")
+    ] = None,
     seed: Seed = 0,
     json_only: Json = False,
     dry_run: DryRun = False,
 ) -> None:
-    """Continue a prompt, streaming."""
-    options = {
-        "model": existing(model), "prompts": prompt, "max_tokens": max_tokens,
-        "temperature": temperature, "top_p": top_p, "seed": seed,
-    }  # fmt: skip
+    """Continue prompts, all at once, streaming."""
+    given = {**locals(), "model": existing(model), "prompts": prompt, "stop": stop or []}
+    options = {key: value for key, value in own_options(given).items() if key != "prompt"}
     spec = stage("generate", options, None)
     if dry_run:
         show_dry_run(spec, None, json_only)
@@ -56,26 +77,28 @@ def _silent(piece: str) -> None:
 def chat(
     model: Annotated[str, typer.Argument(help="Model directory.")],
     format: Annotated[str, typer.Option(help="auto, template or plain.")] = "auto",
-    max_tokens: Annotated[int, typer.Option()] = 128,
-    temperature: Annotated[float, typer.Option(help="0 takes the likeliest token.")] = 0.8,
-    top_p: Annotated[float, typer.Option()] = 0.95,
+    weights: Weights = "bfloat16",
+    max_tokens: MaxTokens = 128,
+    temperature: Temperature = 0.8,
+    top_k: TopK = 0,
+    top_p: TopP = 0.95,
+    min_p: MinP = 0.0,
+    repetition_penalty: Penalty = 1.0,
     seed: Seed = 0,
     json_only: Json = False,
     dry_run: DryRun = False,
 ) -> None:
     """Talk to a model; one line from standard input is one turn."""
+    given = {**locals(), "model": existing(model), "prompts": ["-"]}
+    options = {key: value for key, value in own_options(given).items() if key != "format"}
     if format not in ("auto", "template", "plain"):
         raise UsageError(f"format '{format}' is not auto, template or plain")
-    checked = {"model": existing(model), "prompts": ["-"], "max_tokens": max_tokens}
-    checked |= {"temperature": temperature, "top_p": top_p, "seed": seed}
-    spec = stage("generate", checked, None)
+    spec = stage("generate", options, None)
     if dry_run:
         show_dry_run(spec, None, json_only)
         return
     threads()
-    from growmoe.stages.chat import ChatOptions
     from growmoe.stages.chat import run as chat_stage
 
-    options = ChatOptions(model, format, max_tokens, temperature, top_p, seed)
-    result = chat_stage(options, sys.stdin, _silent if json_only else _show)
+    result = chat_stage(spec, format, sys.stdin, _silent if json_only else _show)
     print(json.dumps(result), flush=True)

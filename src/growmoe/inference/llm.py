@@ -1,7 +1,7 @@
 """A model to ask: prompts in, texts out, all at once or as they become certain."""
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -41,7 +41,7 @@ class LLM:
     def __init__(
         self,
         path: Path | str | Loaded,
-        form: Form = "float32",
+        form: Form = "bfloat16",
         *,
         kv_dtype: str | None = None,
         kv_gb: float | None = None,
@@ -90,7 +90,7 @@ class LLM:
         self.engine.check(Request(self.encode(prompt), sampling))
 
     def generate(
-        self, prompts: list[Prompt], sampling: Sampling | list[Sampling] | None = None
+        self, prompts: Sequence[Prompt], sampling: Sampling | list[Sampling] | None = None
     ) -> list[RequestOutput]:
         """Answer all prompts; `sampling` is for all, or one per prompt.
 
@@ -106,8 +106,8 @@ class LLM:
         return answers
 
     def stream(
-        self, prompts: list[Prompt], sampling: Sampling | list[Sampling] | None = None
-    ) -> Iterator[tuple[int, Output]]:
+        self, prompts: Sequence[Prompt], sampling: Sampling | list[Sampling] | None = None
+    ) -> Generator[tuple[int, Output], None, None]:
         """(number of the prompt, what is new), as it becomes certain.
 
         Whoever stops listening (closes the iterator) ends the requests that are not finished.
@@ -150,7 +150,7 @@ class LLM:
 
 
 def _per_prompt(
-    prompts: list[Prompt], sampling: Sampling | list[Sampling] | None
+    prompts: Sequence[Prompt], sampling: Sampling | list[Sampling] | None
 ) -> list[Sampling]:  # fmt: skip
     if not isinstance(sampling, list):
         return [sampling or Sampling()] * len(prompts)
@@ -165,12 +165,8 @@ def _empty(sampling: Sampling) -> list[Logprobs] | None:
 
 def _collect(answer: RequestOutput, output: Output) -> None:
     """Add one output to the answer it belongs to."""
-    request, sample = output.request, answer.samples[output.index]
-    sample.text += output.text
-    sample.token_ids += output.token_ids
-    if output.logprobs is not None and sample.logprobs is not None:
-        sample.logprobs.append(output.logprobs)
-    sample.finish_reason = output.finish_reason
+    request = output.request
+    answer.samples[output.index].add(output)
     if output.finish_reason is None:
         return
     answer.error = output.error

@@ -1,5 +1,6 @@
 """What is asked of the engine and what it answers: sampling options, requests, outputs."""
 
+import dataclasses
 import math
 import time
 from dataclasses import dataclass, field
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 
 from growmoe.errors import UsageError
+from growmoe.recipe import GenerateStage
 
 if TYPE_CHECKING:
     from growmoe.inference.detokenize import TextStream
@@ -83,6 +85,13 @@ class Sampling:
             raise UsageError(f"stop_token_ids must be a tuple, not {self.stop_token_ids!r}")
         for token in self.stop_token_ids:
             _whole("a stop token id", token, 0)
+
+    @classmethod
+    def of(cls, spec: GenerateStage) -> "Sampling":
+        """What a stage says about sampling."""
+        names = {field.name for field in dataclasses.fields(cls)} & set(type(spec).model_fields)
+        values = {name: getattr(spec, name) for name in names}
+        return cls(**{**values, "stop": tuple(spec.stop)})
 
     @property
     def greedy(self) -> bool:
@@ -198,6 +207,14 @@ class Sample:
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[Logprobs] | None = None
     finish_reason: FinishReason | None = None
+
+    def add(self, output: Output) -> None:
+        """What one step brought."""
+        self.text += output.text
+        self.token_ids += output.token_ids
+        if output.logprobs is not None and self.logprobs is not None:
+            self.logprobs.append(output.logprobs)
+        self.finish_reason = output.finish_reason
 
 
 @dataclass(frozen=True)

@@ -286,16 +286,34 @@ class EvaluateStage(_OnText):
 
 
 class GenerateStage(Strict):
-    """Continue some prompts; the samples stand in the report."""
+    """Continue some prompts, all at once; the samples stand in the report."""
 
     stage: Literal["generate"]
     name: Name = "samples"
     model: str
     prompts: Annotated[list[str], Field(min_length=1)]
+    weights: Literal["float32", "bfloat16", "int8", "int4"] = "bfloat16"
+    """How the model is held in memory; int8 and int4 round its weights, in groups of 32."""
     max_tokens: Count = 64
     temperature: NonNegative = 0.8
+    """0 takes the likeliest token."""
+    top_k: Layer = 0
+    """Only the k likeliest tokens; 0 leaves this out."""
     top_p: Annotated[float, Field(gt=0, le=1)] = 0.95
+    """Only the smallest set of tokens whose probability reaches this."""
+    min_p: Fraction = 0.0
+    """Only tokens at least this likely, relative to the likeliest."""
+    repetition_penalty: Positive = 1.0
+    """Positive logits of tokens seen are divided by it, negative ones multiplied."""
     seed: Seed = 0
+    """Sample number i of a prompt has the seed plus i."""
+    n: Count = 1
+    """Samples per prompt."""
+    stop: list[Annotated[str, Field(min_length=1)]] = Field(default=[])
+    """A text ends before the one of these strings that is complete first."""
+    ignore_eos: bool = False
+    logprobs: Annotated[int, Field(ge=0, le=100)] | None = None
+    """Write down the log-probability of every token, and of this many likeliest ones."""
 
 
 Stage = (

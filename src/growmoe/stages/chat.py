@@ -2,39 +2,37 @@
 
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TextIO
 
-from growmoe.artifacts import lineage_of, load_for_text
+from growmoe.artifacts import lineage_of
 from growmoe.errors import GrowmoeError, UsageError
 from growmoe.files import read_json
-from growmoe.inference.generate import Sampling, stream_text
+from growmoe.inference.llm import LLM
+from growmoe.inference.requests import Sampling
+from growmoe.recipe import GenerateStage
 
 Render = Callable[[list[dict[str, str]]], str]
 HELP = "/reset forgets the conversation, /quit ends it."
 
 
-@dataclass(frozen=True)
-class ChatOptions:
-    """How to talk: `format` is auto, template (the model's chat template) or plain."""
+def run(
+    spec: GenerateStage, format: str, lines: TextIO, show: Callable[[str], None]
+) -> dict[str, Any]:
+    """Answer every line of `lines`; returns how many turns were taken, and how many tokens of
+    prompts were found in the cache, because they were in the conversation before.
 
-    model: str
-    format: str
-    max_tokens: int
-    temperature: float
-    top_p: float
-    seed: int
-
-
-def run(options: ChatOptions, lines: TextIO, show: Callable[[str], None]) -> dict[str, Any]:
-    """Answer every line of `lines`; returns how many turns were taken.
-
-    Without a chat template the model simply continues what was typed: it is a base model.
+    `spec` says which model, and how to sample; `format` is auto, template (the model's chat
+    template) or plain. Without a chat template the model simply continues what was typed: it is
+    a base model.
     """
-    path = Path(options.model)
-    model, tokenizer, stop = load_for_text(path)
-    render = _renderer(path, options.format)
+    path, asked = Path(spec.model), Sampling.of(spec)
+    if path.is_dir() and not (path / "tokenizer.json").exists():
+        raise UsageError(f"{path} holds no tokenizer.json, so it cannot read what is typed")
+    llm = LLM(path, spec.weights)
+    render = _renderer(path, format)
     kind = "its chat template" if render else "plain continuation: a base model, it has no dialogue"
     print(f"{path}: {kind}. {HELP}", file=sys.stderr)
     messages: list[dict[str, str]] = []
@@ -48,20 +46,22 @@ def run(options: ChatOptions, lines: TextIO, show: Callable[[str], None]) -> dic
         if not line:
             continue
         messages.append({"role": "user", "content": line})
-        room = model.config.max_positions - 16
+        room = llm.config.max_positions - 16
         prompt = render(messages) if render else line
-        while len(tokenizer.encode(prompt).ids) > room and render and len(messages) > 1:
+        while render and len(messages) > 1 and len(llm.encode(prompt)) > room:
             del messages[:2]  # the oldest turn goes first
             prompt = render(messages)
-        sampling = Sampling(
-            options.max_tokens, options.temperature, options.top_p, options.seed + turns
-        )
+        sampling = replace(asked, seed=asked.seed + turns)
         answer = ""
         try:
-            for piece in stream_text(model, tokenizer, prompt, sampling, stop):
-                answer += piece
-                show(piece)
-        except UsageError as error:  # an overlong line spoils one turn, not the conversation
+            llm.check(prompt, sampling)
+            with closing(llm.stream([prompt], sampling)) as stream:
+                for _, output in stream:
+                    if output.error is not None:
+                        raise GrowmoeError(output.error)
+                    answer += output.text
+                    show(output.text)
+        except GrowmoeError as error:  # what goes wrong spoils one turn, not the conversation
             print(f"growmoe: {error}", file=sys.stderr)
             messages.pop()
             continue
@@ -70,7 +70,11 @@ def run(options: ChatOptions, lines: TextIO, show: Callable[[str], None]) -> dic
         show("\n")
         messages.append({"role": "assistant", "content": answer})
         turns += 1
-    return {"model": str(path), "turns": turns}
+    stats = llm.engine.stats()
+    return {
+        "model": str(path), "turns": turns, "prompt_tokens": stats.prompt_tokens,
+        "cached_tokens": stats.cached_tokens, "generated_tokens": stats.generated_tokens,
+    }  # fmt: skip
 
 
 def _ask(lines: TextIO) -> str | None:
