@@ -17,7 +17,7 @@ from growmoe.inference.blocks import BLOCK, BlockPool
 from growmoe.inference.detokenize import TextStream
 from growmoe.inference.requests import FinishReason, Logprobs, Output, Request, Sequence
 from growmoe.inference.runner import StepRunner
-from growmoe.inference.sampling import choose, logprobs_of
+from growmoe.inference.sampling import choose, logprobs_of, peaks
 from growmoe.inference.scheduler import Scheduler, Step
 
 
@@ -180,11 +180,13 @@ class Engine:
         reason, memory = "", False
         try:
             logits_SV = self.runner.run(step)
-            best_S, likeliest_S = logits_SV.max(-1)
+            best, likeliest = peaks(logits_SV)
+            if any(sequence.needs_logits for sequence in step.sequences):
+                logits_SV = logits_SV.cpu()
         except Exception as error:
             reason, memory = _sentence(error), _out_of_memory(error)
         if not reason:
-            self._postprocess(step, logits_SV, best_S.tolist(), likeliest_S.tolist())
+            self._postprocess(step, logits_SV, best, likeliest)
             return True
         # here the error is forgotten, and with it all tensors that its frames held
         self._failures += 1

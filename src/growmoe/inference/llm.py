@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 from growmoe.errors import UsageError
+from growmoe.inference.cuda_graph import runner_for
 from growmoe.inference.engine import Engine
 from growmoe.inference.loading import Form, Loaded, default_kv_dtype, kv_name, load
 from growmoe.inference.paged import PagedCache
@@ -19,7 +20,6 @@ from growmoe.inference.requests import (
     Sampling,
     Timing,
 )  # fmt: skip
-from growmoe.inference.runner import Runner
 from growmoe.memory import free_memory
 from growmoe.models.config import ModelConfig
 from growmoe.models.footprint import Wanted, admit
@@ -36,6 +36,7 @@ class LLM:
     used, and never more than `max_sequences` whole contexts need. A step computes at most
     `step_tokens` tokens of at most `max_sequences` texts. Raises UsageError before a weight is read
     when that does not fit; `footprint` says what it takes, `load_report` how long loading took.
+    On `device` cuda, steps in which every text gets one token are CUDA graphs.
     """
 
     def __init__(
@@ -48,7 +49,12 @@ class LLM:
         max_sequences: int = 64,
         step_tokens: int = 512,
         prefix_reuse: bool = True,
+        device: str = "cpu",
     ) -> None:
+        if device not in ("cpu", "cuda"):
+            raise UsageError(f"device '{device}' is not one of cpu, cuda")
+        if device == "cuda" and not torch.cuda.is_available():
+            raise UsageError("device 'cuda' needs a GPU that torch can use; there is none, use cpu")
         if kv_dtype is not None and kv_dtype not in KV_DTYPES:
             raise UsageError(f"kv_dtype '{kv_dtype}' is not one of {', '.join(KV_DTYPES)}")
         default = path.kv_dtype if isinstance(path, Loaded) else default_kv_dtype(form)
@@ -68,9 +74,10 @@ class LLM:
         self.config: ModelConfig = loaded.model.config
         self.footprint, self.load_report = found, loaded.report
         blocks = found.kv_blocks
-        cache = PagedCache(self.config, blocks, dtype)
+        # one block more than the engine knows of: padding rows of a GPU's steps live there
+        cache = PagedCache(self.config, blocks + 1, dtype, device)
         self.engine = Engine(
-            Runner(loaded.model, cache), vocab_size=self.config.vocab_size,
+            runner_for(loaded.model.to(device), cache), vocab_size=self.config.vocab_size,
             context=self.config.max_positions, blocks=blocks, tokenizer=loaded.tokenizer,
             ends=loaded.ends, max_sequences=max_sequences, step_tokens=step_tokens,
             prefix_reuse=prefix_reuse,

@@ -14,6 +14,7 @@ from torch import Tensor
 from growmoe.inference.blocks import BLOCK
 from growmoe.models.attention import Cache, attend
 from growmoe.models.config import ModelConfig
+from growmoe.ops.device import on_triton
 
 
 class PagedCache:
@@ -59,7 +60,7 @@ class PagedBatch(Cache):
     """The new tokens of several sequences, one after another, as one ragged row [1,N].
 
     `positions_N` (int64), and in int32: `starts_S`, `counts_S`, `rows_S1` (where each span begins,
-    and the end), `tables_SM` (padded with 0).
+    and the end), `tables_SM` (padded with 0). `longest` is the largest count.
     """
 
     def __init__(self, cache: PagedCache, spans: list[Span]) -> None:
@@ -77,7 +78,7 @@ class PagedBatch(Cache):
         tables = np.zeros((len(spans), longest), np.int32)
         for row, span in zip(tables, spans):
             row[: len(span.table)] = span.table
-        self._last = int((starts + counts).max()) - 1
+        self.longest, self._last = int(counts.max()), int((starts + counts).max()) - 1
         self.starts_S, self.counts_S = self._tensor(starts), self._tensor(counts)
         self.rows_S1, self.tables_SM = self._tensor(rows), self._tensor(tables)
         self.positions_N = self._tensor(positions)
@@ -123,6 +124,16 @@ class PagedBatch(Cache):
         """Keep the new keys and values of `layer` in their blocks; returns what the queries of
         every sequence find in its own tokens [1,H,N,C]."""
         keys, values = self.cache.keys[layer], self.cache.values[layer]
+        if on_triton(q_BHTC):
+            from growmoe.ops import triton_paged
+
+            if triton_paged.supported(q_BHTC, keys):
+                spans = triton_paged.Spans(
+                    self.starts_S, self.counts_S, self.rows_S1, self.tables_SM, self.longest
+                )
+                return triton_paged.paged_attention(
+                    q_BHTC, k_BKTC, v_BKTC, keys, values, spans, window
+                )
         block_N, place_N = self._places
         keys[block_N, :, :, place_N] = k_BKTC[0].transpose(0, 1).to(keys.dtype)
         values[block_N, :, place_N] = v_BKTC[0].transpose(0, 1).to(values.dtype)

@@ -155,6 +155,12 @@ class Sequence:
         return self.request.id, self.index
 
     @property
+    def needs_logits(self) -> bool:
+        """Whether the likeliest token alone is not enough."""
+        sampling = self.request.sampling
+        return not sampling.greedy or self.seen_V is not None or sampling.logprobs is not None
+
+    @property
     def generated(self) -> int:
         """Tokens of the answer so far."""
         return len(self.tokens) - self.prompt_tokens

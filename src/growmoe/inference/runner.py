@@ -14,7 +14,8 @@ class StepRunner(Protocol):
     """What the engine needs: logits of a step, and copies of blocks."""
 
     def run(self, step: Step) -> Tensor:
-        """Compute the step; the logits [S,V] of the last token of every span."""
+        """Compute the step; the float32 logits [S,V] of the last token of every span, wherever they
+        are computed. They hold until the next call."""
         ...
 
     def copy(self, source: int, target: int) -> None:
@@ -30,14 +31,14 @@ class Runner:
 
     @torch.inference_mode()
     def run(self, step: Step) -> Tensor:
-        """One call of the model for all sequences of the step; float32 logits [S,V] on the CPU.
+        """One call of the model for all sequences of the step; float32 logits [S,V].
 
         May be called again with the same step, or parts of it: keys and values are written anew.
         """
         batch = PagedBatch(self.cache, step.spans)
         tokens_1N = torch.tensor([step.tokens()], device=self.cache.device)
         output = self.model(tokens_1N, cache=batch, rows_N=batch.last_rows_S)
-        return output.logits[0].float().cpu()
+        return output.logits[0].float()
 
     def copy(self, source: int, target: int) -> None:
         """Block `target` becomes a copy of block `source`."""

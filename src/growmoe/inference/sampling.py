@@ -14,6 +14,13 @@ FIRST_GUESS = 64
 """Likeliest tokens that top-p looks at before it looks at more."""
 
 
+def peaks(logits_SV: Tensor) -> tuple[list[float], list[int]]:
+    """(largest logit, its token) of every row: one copy, wherever the logits are."""
+    best_S, token_S = logits_SV.max(-1)
+    best, tokens = torch.stack((best_S.double(), token_S.double())).tolist()
+    return best, [int(token) for token in tokens]
+
+
 def choose(
     logits_V: Tensor, sampling: Sampling, rng: torch.Generator | None, seen_V: Tensor | None = None
 ) -> int:

@@ -69,10 +69,24 @@ def _llama3_frequencies(frequencies: Tensor, scaling: dict[str, float]) -> Tenso
 
 def rotary_tables(config: ModelConfig, positions_T: Tensor, dtype: torch.dtype) -> Tensor:
     """cos and sin [2,T,C] for the given positions; [2,B,T,C] for positions [B,T]."""
-    frequencies = inverse_frequencies(config).to(positions_T.device)
+    frequencies = _frequencies_on(config, positions_T.device)
     angles = positions_T.to(torch.float32)[..., None] * frequencies
     angles = torch.cat((angles, angles), dim=-1)
     return torch.stack((angles.cos(), angles.sin())).to(dtype)
+
+
+def _frequencies_on(config: ModelConfig, device: torch.device) -> Tensor:
+    """The copy to a GPU would make every step wait, and cannot be part of a CUDA graph: it is made
+    once. (Powers computed there could differ in the last bit, which far positions would show.)"""
+    if device.type == "cpu":
+        return inverse_frequencies(config)
+    key = (config.head_dim, config.rope_theta, str(config.rope_scaling), device)
+    if key not in _FREQUENCIES:
+        _FREQUENCIES[key] = inverse_frequencies(config).to(device)
+    return _FREQUENCIES[key]
+
+
+_FREQUENCIES: dict[tuple[int, float, str, torch.device], Tensor] = {}
 
 
 def rotate(x_BHTC: Tensor, tables_2TC: Tensor) -> Tensor:
