@@ -37,7 +37,7 @@ from growmoe.ops import triton_direct, triton_experts, triton_paged, triton_rout
 CLOSE = {"rtol": 2e-4, "atol": 2e-4}
 MOE = MoEConfig(experts=(4, 16), top_k=2, ffn_size=12, mix="sum", fixed_ffn_size=20)
 KINDS: dict[str, dict[str, Any]] = {
-    "dense": {"sliding_window": 21, "qk_norm": True, "num_layers": 2},
+    "dense": {"sliding_window": 11, "qk_norm": True, "num_layers": 1},
     "learned": {
         "positions": "learned", "norm": "layer", "activation": "gelu", "mlp_bias": True,
         "qkv_bias": True, "num_layers": 1,
@@ -144,10 +144,13 @@ def test_a_bucket_larger_than_the_step_changes_nothing(
     for bucket in (4, 8):
         monkeypatch.setattr(cuda_graph, "BUCKETS", (bucket, 8))
         _, graphs = pair(model)
-        graphs._host_2N.fill_(5)  # as an earlier, larger step would leave them
+        graphs._host_2N.fill_(20)  # as an earlier, larger step would leave them
         graphs._host_NM.fill_(3)
         found.append([graphs.run(step).clone() for step in steps(1, *ROUNDS[:3])])
         assert list(graphs._recorded) == [bucket]
+        used = {block for step in steps(1, *ROUNDS[:3]) for s in step.spans for block in s.table}
+        free = [block for block in range(40) if block not in used]
+        assert not graphs.cache.keys[0][free].any()  # what belongs to others
     for one, two in zip(*found):
         torch.testing.assert_close(one, two, **CLOSE)
 
@@ -307,6 +310,8 @@ def test_an_llm_on_a_gpu_answers_as_on_a_cpu() -> None:
         loaded = Loaded("tiny", tiny_model(moe=MOE, num_layers=2), None, frozenset(), torch.float32)
         llm = LLM(loaded, kv_gb=0.001, device=device)
         found.append([answer.token_ids for answer in llm.generate(
-            [[1, 2, 3], [5] * 20, [7]], Sampling(max_tokens=12, temperature=0)
+            [[1, 2, 3], [5] * 20, [7]],
+            [Sampling(max_tokens=12, temperature=0), Sampling(max_tokens=9, seed=3),
+             Sampling(max_tokens=9, temperature=0, logprobs=1, repetition_penalty=1.2)],
         )])  # fmt: skip
     assert found[0] == found[1]

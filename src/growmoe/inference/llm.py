@@ -9,7 +9,7 @@ import torch
 from growmoe.errors import UsageError
 from growmoe.inference.cuda_graph import runner_for
 from growmoe.inference.engine import Engine
-from growmoe.inference.loading import Form, Loaded, default_kv_dtype, kv_name, load
+from growmoe.inference.loading import Form, Loaded, default_kv_dtype, free_on, kv_name, load
 from growmoe.inference.paged import PagedCache
 from growmoe.inference.requests import (
     Logprobs,
@@ -20,7 +20,6 @@ from growmoe.inference.requests import (
     Sampling,
     Timing,
 )  # fmt: skip
-from growmoe.memory import free_memory
 from growmoe.models.config import ModelConfig
 from growmoe.models.footprint import Wanted, admit
 
@@ -65,9 +64,9 @@ class LLM:
         )  # fmt: skip
         if isinstance(path, Loaded):
             loaded = path
-            found = admit(loaded.model.config, wanted, free_memory(), loaded.name)
+            found = admit(loaded.model.config, wanted, free_on(device), loaded.name)
         else:
-            loaded = load(Path(path), form, wanted)
+            loaded = load(Path(path), form, wanted, device)
             assert loaded.footprint is not None
             found = loaded.footprint
         self.name, self.tokenizer = loaded.name, loaded.tokenizer

@@ -52,8 +52,8 @@ class Loaded:
     report: LoadReport | None = None
 
 
-def load(path: Path, form: Form, wanted: Wanted | None = None) -> Loaded:
-    """Read a MODEL directory or .gguf file with its weights in `form`.
+def load(path: Path, form: Form, wanted: Wanted | None = None, device: str = "cpu") -> Loaded:
+    """Read a MODEL directory or .gguf file with its weights in `form` on `device`.
 
     A directory without tokenizer.json gives a model for token ids only. Raises UsageError before a
     weight is read when serving it as `wanted` does not fit into the memory that is free.
@@ -63,13 +63,18 @@ def load(path: Path, form: Form, wanted: Wanted | None = None) -> Loaded:
     source = open_source(path, mapped=True)
     kv_dtype = default_kv_dtype(form)
     wanted = dataclasses.replace(wanted or Wanted(kv_dtype=kv_name(kv_dtype)), form=form)
-    found = admit(source.config, wanted, free_memory(), str(path))
+    found = admit(source.config, wanted, free_on(device), str(path))
     started = time.perf_counter()
-    model = build_for_inference(source, form)
+    model = build_for_inference(source, form, device)
     report = LoadReport(time.perf_counter() - started, source.file_bytes())
     tokenizer = _tokenizer(path)
     ends = _ends(path, model.config.token_ids, tokenizer)
     return Loaded(str(path), model, tokenizer, ends, kv_dtype, found, report)
+
+
+def free_on(device: str) -> int:
+    """Bytes that are free where the model will be."""
+    return free_memory() if device == "cpu" else torch.cuda.mem_get_info()[0]
 
 
 def default_kv_dtype(form: Form) -> torch.dtype:
