@@ -11,7 +11,7 @@ PACKAGE = Path(__file__).resolve().parent.parent / "src" / "growmoe"
 LEAVES = {"errors", "files", "memory", "progress", "__init__"}
 TORCH_FREE_MODELS = {
     "config", "families", "footprint", "gguf_arch", "gguf_header", "gguf_tokenizer", "growing",
-    "presets", "safetensors_header", "shapes", "targets", "upcycling",
+    "presets", "safetensors_header", "shapes", "stored", "targets", "upcycling",
 }  # fmt: skip
 # read only when a recipe is given a tokenizer
 LATE = {"growmoe.data.tokenizer"}

@@ -11,7 +11,7 @@ from growmoe.data.corpus import Corpus
 from growmoe.data.prepare import first_documents
 from growmoe.data.tokenizer import load_tokenizer, same_tokenizer
 from growmoe.errors import UsageError
-from growmoe.growth.verify import Comparison
+from growmoe.growth.verify import Closeness, Comparison
 from growmoe.models.checkpoint import Directory, Source, build_model
 from growmoe.models.config import ModelConfig
 from growmoe.training.validation import domain_losses
@@ -145,5 +145,15 @@ def report_check(check: Comparison, declared: bool) -> None:
     print(
         f"check: {verdict} ({said}): largest logit difference {check.max_abs_logit_diff:.3g}, "
         f"noise floor {check.noise_floor:.3g}, loss {check.ce_a:.4f} -> {check.ce_b:.4f}",
+        file=sys.stderr,
+    )
+
+
+def report_closeness(check: Closeness, what: str) -> None:
+    """Say how near the result of a lossy rounding is, on stderr."""
+    print(
+        f"check: {what}: perplexity {check.perplexity_a:.4f} -> {check.perplexity_b:.4f}, "
+        f"KL {check.kl:.2g} (largest {check.kl_max:.2g}), the likeliest token is the same at "
+        f"{check.argmax_agreement:.2%} of {check.tokens} positions",
         file=sys.stderr,
     )

@@ -20,24 +20,26 @@ from growmoe.artifacts import (
     lineage_of,
     note,
     report_check,
+    report_closeness,
     sizes,
 )
 from growmoe.errors import GrowmoeError, UsageError
 from growmoe.files import read_json, write_json
-from growmoe.growth.verify import Comparison, compare
+from growmoe.growth.verify import Comparison, Rounded, closeness, compare
 from growmoe.memory import free_memory
 from growmoe.models.checkpoint import (
     Directory,
     Source,
+    config_json,
     copy_tokenizer,
     disk_free,
     open_source,
     plan_shards,
     write_model,
 )
-from growmoe.models.config import ModelConfig
-from growmoe.models.families import config_to_hf, pick_family
+from growmoe.models.families import pick_family
 from growmoe.models.lineage import write_lineage
+from growmoe.models.stored import LEFT_DTYPE, QuantizedForm, stored_bytes
 from growmoe.planning.scratch import spent_on
 from growmoe.progress import Progress
 from growmoe.tokenizer_check import check_tokenizer
@@ -49,18 +51,20 @@ MIB = 2**20
 def publish_derived(
     staged: Path, work: Path, source_path: Path, source: Source, derived: Source, *,
     lossy: tuple[str, ...], operation: str, spec: Any, tokenizer: Path | None = None,
-    vocab: int | None = None, family: str | None = None,
+    vocab: int | None = None, family: str | None = None, form: QuantizedForm | None = None,
     public_check: Callable[[Path, list[Tensor]], dict[str, str]] | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """Write `derived`, check it against `source` after reading it back, and note its lineage.
 
     Shards are written into `work`; after an interruption the same call goes on with the next one.
     `tokenizer` replaces the parent's; `vocab` limits the check to the tokens both have; `family`
-    is the architecture to write. `public_check(folder, sequences)` says how engines agree.
+    is the architecture to write; `form` stores matrices as integers, and the check then measures
+    how near they come. `public_check(folder, sequences)` says how engines agree.
     Raises GrowmoeError when it is declared exact (`lossy` is empty) and is not: then nothing is
     published and nothing kept.
     """
-    dtype = spec.dtype or source.dtype
+    dtype = LEFT_DTYPE if form else spec.dtype or source.dtype
+    family = family or pick_family(derived.config)
     # the text first: a wrong one is to be found before hours of writing
     text = None
     if spec.verify:
@@ -70,13 +74,13 @@ def publish_derived(
     inputs = [open_source(source_path).identity(), _tokenizer_hash(home)]
     with _resumable(work, operation, spec, inputs) as folder:
         # the tokenizer first, beside the config that decides how transformers reads it
-        write_json(folder / "config.json", config_to_hf(derived.config, dtype, family))
+        write_json(folder / "config.json", config_json(derived.config, dtype, family, form))
         tokens = check_tokenizer(home, _copy_tokenizer(home, folder), derived.config)
-        _write(folder, derived, dtype, operation, spec.shard_gb, family)
+        _write(folder, derived, dtype, operation, spec.shard_gb, family, form)
         engines = {}
         if text is not None and public_check is not None:
             engines = public_check(folder, text[0])
-        checks, losses = _check(folder, source_path, source, text, spec, lossy, vocab)
+        checks, losses = _check(folder, source_path, source, text, spec, lossy, vocab, form)
         lineage = _lineage(source_path, source, spec, operation, lossy, vocab, parent)
         lineage |= {"checks": {**checks, **tokens}, "engines": engines}
         write_lineage(folder, lineage)
@@ -138,26 +142,27 @@ def _tokenizer_hash(home: Path) -> str:
 
 
 def _write(
-    folder: Path, derived: Source, dtype: str, label: str, shard_gb: float, family: str | None
+    folder: Path, derived: Source, dtype: str, label: str, shard_gb: float, family: str,
+    form: QuantizedForm | None,
 ) -> None:  # fmt: skip
     config, limit = derived.config, int(shard_gb * 2**30)
-    _check_disk(folder, config, dtype)
-    total = config.bytes(dtype) / MIB
-    progress = Progress(label, max(1, round(total)), "MiB")
-    files = plan_shards(config, family or pick_family(config), dtype, limit)
+    total = stored_bytes(config, family, dtype, form)
+    _check_disk(folder, total)
+    progress = Progress(label, max(1, round(total / MIB)), "MiB")
+    files = plan_shards(config, family, dtype, limit, form)
     kept = [file for file in files if (folder / file).exists()]
     if kept:
         print(f"{label}: {len(kept)} of {len(files)} files are there already", file=sys.stderr)
     write_model(
         folder, config, derived.load, dtype, shard_limit=limit,
-        on_bytes=lambda done: progress.update(round(done / MIB)), family=family,
+        on_bytes=lambda done: progress.update(round(done / MIB)), family=family, form=form,
     )  # fmt: skip
     progress.finish("written")
 
 
 def _check(
     folder: Path, source_path: Path, source: Source, text: tuple[list[Tensor], str] | None,
-    spec: Any, lossy: tuple[str, ...], vocab: int | None,
+    spec: Any, lossy: tuple[str, ...], vocab: int | None, form: QuantizedForm | None,
 ) -> tuple[dict[str, Any], dict[str, Any]]:  # fmt: skip
     """(what the check found, losses by domain when there is a corpus)."""
     if text is None:
@@ -165,13 +170,18 @@ def _check(
         return {"unverified": True}, {}
     sequences, origin = text
     written = Directory(folder)
-    check = compare(
-        source, written, sequences, memory_bytes=free_memory(), note=note, vocab=vocab
-    )  # fmt: skip
-    report_check(check, not lossy)
-    _refuse_inexact(check, lossy)
     losses: dict[str, Any] = {}
-    found = {**check.as_dict(), "text": origin}
+    if form is not None:
+        near = closeness(Rounded(source, LEFT_DTYPE), written, sequences, note)
+        report_closeness(near, form)
+        found = {**near.as_dict(), "against": f"weights in {LEFT_DTYPE}", "text": origin}
+    else:
+        check = compare(
+            source, written, sequences, memory_bytes=free_memory(), note=note, vocab=vocab
+        )  # fmt: skip
+        report_check(check, not lossy)
+        _refuse_inexact(check, lossy)
+        found = {**check.as_dict(), "text": origin}
     if spec.data is not None:
         corpus = fitting_corpus(source_path, source.config, spec.data)
         if written.config.bytes("float32") > 0.8 * free_memory():
@@ -241,9 +251,9 @@ def _resumable(work: Path, operation: str, spec: Any, inputs: list[str]) -> Iter
     folder.rmdir()
 
 
-def _check_disk(folder: Path, config: ModelConfig, dtype: str) -> None:
+def _check_disk(folder: Path, total: int) -> None:
     there = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
-    wanted, free = config.bytes(dtype) - there, disk_free(folder)
+    wanted, free = total - there, disk_free(folder)
     if wanted > free:
         raise GrowmoeError(
             f"the model takes {wanted / MIB:.0f} MiB more, but only {free / MIB:.0f} MiB are free "

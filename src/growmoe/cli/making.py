@@ -236,6 +236,9 @@ def export(
     format: Annotated[
         str | None, typer.Option(help="llama.cpp: gguf (default), or hf for its converter.")
     ] = None,
+    quantize: Annotated[
+        str | None, typer.Option(help="int8 or int4: matrices as integers (lossy).")
+    ] = None,
     seed: Seed = 0,
     text: Text = None,
     data: Data = None,

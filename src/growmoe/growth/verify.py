@@ -110,6 +110,59 @@ def compare(
     )
 
 
+@dataclass(frozen=True)
+class Closeness:
+    """How near B's next-token probabilities are to A's, where B is not meant to be exact. Of every
+    position of the text: KL(A || B) in nats, and how often both find the same token likeliest."""
+
+    perplexity_a: float
+    perplexity_b: float
+    kl: float
+    kl_max: float
+    argmax_agreement: float
+    ce_a: float
+    ce_b: float
+    tokens: int
+    longest_position: int
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain fields, for JSON."""
+        return asdict(self)
+
+
+def closeness(
+    a: Source, b: Source, sequences: list[Tensor], note: Callable[[str], None]
+) -> Closeness:
+    """Run A and B, which have one vocabulary, on `sequences` (token ids, 1-D) in float32."""
+    note("the source")
+    left = _logits(a, sequences, "float32")
+    note("the result")
+    right = _logits(b, sequences, "float32")
+    kl, same = [], 0
+    for x, y in zip(left, right):
+        kl.append(_divergences(x, y))
+        same += int((x.argmax(-1) == y.argmax(-1)).sum())
+    every = torch.cat(kl)
+    ce_a, ce_b = _cross_entropy(left, sequences), _cross_entropy(right, sequences)
+    return Closeness(
+        perplexity_a=math.exp(min(ce_a, 700)), perplexity_b=math.exp(min(ce_b, 700)),
+        kl=float(every.mean()), kl_max=float(every.max()), argmax_agreement=same / len(every),
+        ce_a=ce_a, ce_b=ce_b, tokens=sum(len(ids) for ids in sequences),
+        longest_position=max(len(ids) for ids in sequences),
+    )  # fmt: skip
+
+
+class Rounded:
+    """`source` with every weight rounded to `dtype`."""
+
+    def __init__(self, source: Source, dtype: str) -> None:
+        self.source, self.config, self.dtype = source, source.config, dtype
+
+    def load(self, name: str) -> Tensor:
+        """The rounded tensor."""
+        return self.source.load(name).to(DTYPES[self.dtype])
+
+
 def agreement(
     source: Source, other: Logits, sequences: list[Tensor], memory_bytes: int
 ) -> tuple[float, float]:
@@ -169,8 +222,11 @@ def _cross_entropy(logits: Logits, sequences: list[Tensor]) -> float:
 
 def _divergence(left: Logits, right: Logits, V: int) -> float:
     """KL(A || B) in nats per token, over A's vocabulary."""
-    total = 0.0
-    for x, y in zip(left, right):
-        p, q = x[:, :V].double().log_softmax(-1), y[:, :V].double().log_softmax(-1)
-        total += float((p.exp() * (p - q)).sum())
+    total = sum(float(_divergences(x[:, :V], y[:, :V]).sum()) for x, y in zip(left, right))
     return total / sum(len(x) for x in left)
+
+
+def _divergences(left: Tensor, right: Tensor) -> Tensor:
+    """KL(A || B) at every position."""
+    p, q = left.double().log_softmax(-1), right.double().log_softmax(-1)
+    return (p.exp() * (p - q)).sum(-1)

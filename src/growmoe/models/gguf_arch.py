@@ -5,6 +5,8 @@ renormalise the top-k weights, `qwen2moe` never does; one number of experts hold
 only `llama` reads rotary factors (llama3 scaling) and biases beyond Q, K and V.
 """
 
+import math
+
 from growmoe.errors import UsageError
 from growmoe.models.config import ModelConfig, MoEConfig, tensor_shapes
 
@@ -16,6 +18,9 @@ _BLOCK = {
     "mlp.down": "ffn_down", "moe.router": "ffn_gate_inp", "moe.mix": "ffn_gate_inp_shexp",
 }  # fmt: skip
 ROPE_FREQS = "rope_freqs.weight"
+FILE_DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+_ENDS = ("token_embd.weight", "output.weight")
+_BLOCK_WEIGHTS, _BLOCK_BYTES = 32, {"Q8_0": 34, "Q4_0": 18}
 # array bounds inside llama.cpp, which ends the process beyond them (build of October 2026)
 MOST_LAYERS, MOST_EXPERTS = 512, 1024
 
@@ -130,6 +135,32 @@ def gguf_tensors(config: ModelConfig) -> dict[str, tuple[tuple[int, ...], list[s
     if (config.rope_scaling or {}).get("rope_type") == "llama3":
         found[ROPE_FREQS] = ((config.head_dim // 2,), [])
     return found
+
+
+def gguf_kinds(config: ModelConfig, dtype: str, form: str | None = None) -> dict[str, str]:
+    """{name in the file: how it is stored}. Vectors and routers are float32; with a `form`, int8 or
+    int4, matrices are Q8_0 or Q4_0 and embedding and head Q8_0, but rows that do not divide into
+    blocks are bfloat16."""
+    matrix = {"int8": "Q8_0", "int4": "Q4_0"}.get(form or "")
+    kinds = {}
+    for name, (shape, _) in gguf_tensors(config).items():
+        if len(shape) == 1 or name.endswith("ffn_gate_inp.weight"):
+            kinds[name] = "F32"
+        elif matrix is None:
+            kinds[name] = FILE_DTYPES[dtype]
+        elif shape[-1] % _BLOCK_WEIGHTS:
+            kinds[name] = "BF16"
+        else:
+            kinds[name] = "Q8_0" if name in _ENDS else matrix
+    return kinds
+
+
+def kind_bytes(shape: tuple[int, ...], kind: str) -> int:
+    """Bytes of a tensor of this shape."""
+    count = math.prod(shape)
+    if kind in _BLOCK_BYTES:
+        return count // _BLOCK_WEIGHTS * _BLOCK_BYTES[kind]
+    return count * {"F32": 4, "F16": 2, "BF16": 2}[kind]
 
 
 def gguf_fields(config: ModelConfig) -> dict[str, int | float | str]:

@@ -251,10 +251,12 @@ class _StackExperts(ConversionOps):
         **kwargs: Any,
     ) -> dict[str, Tensor]:
         parts = [
-            torch.stack(input_dict.pop(pattern))
+            input_dict.pop(pattern)
             for pattern in _gate_first(source_patterns)
             if pattern in input_dict  # a GELU model has no gate
         ]
+        # quantised experts come dequantised and stacked already
+        parts = [torch.stack(part) if isinstance(part, list) else part for part in parts]
         return {target_patterns[0]: torch.cat(parts, dim=1)}
 
     @property

@@ -4,15 +4,35 @@ import json
 import math
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from growmoe.errors import GrowmoeError
 from growmoe.files import read_json
 from growmoe.models.config import DTYPE_BYTES
 
 CODES = {"F64": "float64", "F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+INTEGER_CODES = {"I32": "int32", "I64": "int64"}
+"""Of packed integers and of shapes; no weight is stored so as it is."""
+_BYTES = {**DTYPE_BYTES, "int32": 4, "int64": 8}
 _LONGEST_HEADER = 100_000_000
 _WIDTHS = ("float16", "bfloat16", "float32", "float64")
+
+
+class Stored(NamedTuple):
+    """A tensor in a file."""
+
+    shape: tuple[int, ...]
+    dtype: str
+
+    @property
+    def item_bytes(self) -> int:
+        """Bytes of one element."""
+        return _BYTES[self.dtype]
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of all elements."""
+        return math.prod(self.shape) * self.item_bytes
 
 
 def read_header(path: Path) -> tuple[dict[str, Any], int]:
@@ -50,7 +70,8 @@ def _read(path: Path) -> tuple[dict[str, Any], int]:
         # a side may be 0: the others must still be such that torch can count them
         if math.prod(side for side in shape if side) >= 2**62:
             raise ValueError(f"tensor {name} has an impossible shape")
-        if code in CODES and last - first != math.prod(shape) * DTYPE_BYTES[CODES[code]]:
+        dtype = (CODES | INTEGER_CODES).get(code)
+        if dtype and last - first != Stored(tuple(shape), dtype).bytes:
             raise ValueError(f"tensor {name} does not fill its place")
         if last > size - 8 - length:
             raise ValueError(f"tensor {name} lies beyond the end of the file")
@@ -88,7 +109,8 @@ def tensor_files(path: Path) -> dict[str, str]:
 
 
 def stored_dtype(path: Path) -> str | None:
-    """The widest dtype of a directory's weights; None when it holds none."""
+    """The widest dtype of a directory's weights, float32 for those that are dequantised; None when
+    it holds none."""
     index, single = path / "model.safetensors.index.json", path / "model.safetensors"
     if not index.exists() and not single.exists():
         return None
@@ -97,4 +119,6 @@ def stored_dtype(path: Path) -> str | None:
         for file in sorted(set(tensor_files(path).values()))
         for entry in read_header(path / file)[0].values()
     ]
+    if any(code in INTEGER_CODES for code in codes):
+        return "float32"
     return widest([code for code in codes if code in CODES])

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from growmoe.errors import GrowmoeError
-from growmoe.models.safetensors_header import CODES, read_header
+from growmoe.models.safetensors_header import CODES, INTEGER_CODES, Stored, read_header
 
 DTYPES = {
     "float64": torch.float64,
@@ -24,7 +24,8 @@ DTYPES = {
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
 }
-_CODE_OF = {name: code for code, name in CODES.items()}
+_INTEGERS = {"int32": torch.int32, "int64": torch.int64}
+_CODE_OF = {name: code for code, name in (CODES | INTEGER_CODES).items()}
 _CHUNK = 1 << 22
 """Elements that are converted at a time when writing."""
 
@@ -61,17 +62,18 @@ class TensorFile:
     def read(self, name: str) -> Tensor:
         """The tensor, in memory of its own unless mapped; raises GrowmoeError when its dtype is
         not known, when it is not finite, or when the file shrank."""
-        if self.code(name) not in CODES:
+        known = (CODES | INTEGER_CODES).get(self.code(name))
+        if known is None:
             raise GrowmoeError(
                 f"{self.path}: tensor {name} has dtype {self.code(name)}; "
                 f"known are {', '.join(CODES)}"
             )
-        dtype = DTYPES[CODES[self.code(name)]]
+        dtype = (DTYPES | _INTEGERS)[known]
         first, last = (self._start + place for place in self._entries[name]["data_offsets"])
         # torch wants aligned elements, and the kernel at least one
         plain = not self.mapped or first == last or first % dtype.itemsize
         tensor = (self._read if plain else self._map)(self.shape(name), dtype, first, last)
-        if not is_finite(tensor):
+        if dtype.is_floating_point and not is_finite(tensor):
             raise GrowmoeError(f"{self.path}: tensor {name} holds NaN or infinite values")
         return tensor
 
@@ -117,49 +119,56 @@ def numel(shape: tuple[int, ...]) -> int:
 
 def write_shard(
     path: Path,
-    shapes: dict[str, tuple[int, ...]],
-    dtype: str,
+    tensors: dict[str, Stored],
     load: Callable[[str], Tensor],
     on_bytes: Callable[[int], None],
 ) -> None:
-    """Write the tensors of one shard in the order of `shapes`, asking `load` for one at a time.
+    """Write the tensors of one shard, asking `load` for one at a time in the order of `tensors`.
 
     The file appears under its name when it is complete and flushed, or not at all. Raises
     GrowmoeError when a tensor has another shape than announced.
     """
     aside = path.with_name(f"{path.name}.partial")
+    header, places = _header(tensors)
     with open(aside, "wb") as stream:
-        stream.write(_header(shapes, dtype))
-        for name, shape in shapes.items():
+        stream.write(header)
+        for name, stored in tensors.items():
             tensor = load(name)
-            if tuple(tensor.shape) != shape:
+            if tuple(tensor.shape) != stored.shape:
                 raise GrowmoeError(
-                    f"tensor {name} came out as {list(tensor.shape)}, not {list(shape)}"
+                    f"tensor {name} came out as {list(tensor.shape)}, not {list(stored.shape)}"
                 )
-            _write_tensor(stream, name, tensor, DTYPES[dtype])
-            on_bytes(tensor.numel() * DTYPES[dtype].itemsize)
+            stream.seek(len(header) + places[name])
+            _write_tensor(stream, name, tensor, (DTYPES | _INTEGERS)[stored.dtype])
+            on_bytes(stored.bytes)
         stream.flush()
         os.fsync(stream.fileno())
     os.replace(aside, path)
 
 
-def shard_bytes(shapes: dict[str, tuple[int, ...]], dtype: str) -> int:
+def shard_bytes(tensors: dict[str, Stored]) -> int:
     """Size of the file that `write_shard` makes."""
-    data = sum(numel(shape) for shape in shapes.values()) * DTYPES[dtype].itemsize
-    return len(_header(shapes, dtype)) + data
+    return len(_header(tensors)[0]) + sum(stored.bytes for stored in tensors.values())
 
 
-def _header(shapes: dict[str, tuple[int, ...]], dtype: str) -> bytes:
-    """8 bytes of length, then JSON padded with spaces to 8 bytes."""
+def _header(tensors: dict[str, Stored]) -> tuple[bytes, dict[str, int]]:
+    """(8 bytes of length, then JSON padded with spaces to 8 bytes; where each tensor begins).
+
+    Wide elements come first, so that each tensor begins at a multiple of its elements' size: the
+    reader of the safetensors library wants that.
+    """
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    places: dict[str, int] = {}
     offset = 0
-    for name, shape in shapes.items():
-        end = offset + numel(shape) * DTYPES[dtype].itemsize
-        header[name] = {"dtype": _CODE_OF[dtype], "shape": shape, "data_offsets": [offset, end]}
+    for name, stored in sorted(tensors.items(), key=lambda item: -item[1].item_bytes):
+        places[name], end = offset, offset + stored.bytes
+        header[name] = {
+            "dtype": _CODE_OF[stored.dtype], "shape": stored.shape, "data_offsets": [offset, end]
+        }  # fmt: skip
         offset = end
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text
+    return len(text).to_bytes(8, "little") + text, places
 
 
 def _write_tensor(stream: BinaryIO, name: str, tensor: Tensor, dtype: torch.dtype) -> None:

@@ -7,8 +7,10 @@ from growmoe.errors import UsageError
 from growmoe.files import read_json
 from growmoe.models.config import ModelConfig
 from growmoe.models.families import config_from_hf, pick_family
+from growmoe.models.gguf_arch import gguf_kinds, gguf_tensors, kind_bytes
 from growmoe.models.gguf_header import gguf_config, read_gguf_header
 from growmoe.models.growing import plan_growth
+from growmoe.models.stored import LEFT_DTYPE, quantizing_notes, stored_bytes
 from growmoe.models.targets import changed_config, export_target
 from growmoe.models.upcycling import Upcycling, upcycled_config, why_lossy
 from growmoe.planning.origins import growth_origins, origin_table, upcycling_origins
@@ -55,7 +57,19 @@ def derived_config(source: ModelConfig, spec: GrowStage | UpcycleStage) -> Model
 def exported_config(source: ModelConfig, spec: ExportStage) -> ModelConfig:
     """The shape that an export writes; raises UsageError where the engine cannot run it."""
     target = export_target(source, spec.engine, spec.portable, spec.as_gguf)
-    return changed_config(source, target.steps)
+    config = changed_config(source, target.steps)
+    if spec.quantize:
+        quantizing_notes(config, spec.engine)
+    return config
+
+
+def exported_bytes(config: ModelConfig, spec: ExportStage, family: str, dtype: str) -> int:
+    """Bytes of the weights that an export writes for `config`, in `dtype` unless quantised."""
+    stored = LEFT_DTYPE if spec.quantize else spec.dtype or dtype
+    if spec.as_gguf:
+        kinds, tensors = gguf_kinds(config, stored, spec.quantize), gguf_tensors(config)
+        return sum(kind_bytes(shape, kinds[name]) for name, (shape, _) in tensors.items())
+    return stored_bytes(config, family, stored, spec.quantize)
 
 
 def derivation(source: ModelConfig, spec: GrowStage | UpcycleStage) -> dict[str, Any]:

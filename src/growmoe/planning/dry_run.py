@@ -1,6 +1,5 @@
 """What a verb would do and make, worked out without reading a weight. Imports no torch."""
 
-import math
 import shutil
 from pathlib import Path
 from typing import Any
@@ -8,11 +7,25 @@ from typing import Any
 from growmoe.errors import GrowmoeError, UsageError
 from growmoe.files import read_json
 from growmoe.models.config import DTYPE_BYTES, ModelConfig
-from growmoe.models.families import empty_tensors, pick_family
+from growmoe.models.families import pick_family
 from growmoe.models.gguf_tokenizer import tokenizer_fields
 from growmoe.models.safetensors_header import stored_dtype as dtype_of_weights
+from growmoe.models.stored import (
+    LEFT_DTYPE,
+    QuantizedForm,
+    quantized_form,
+    quantizing_notes,
+    stored_bytes,
+    why_rounded,
+)
 from growmoe.models.targets import changed_config, export_target
-from growmoe.planning.derived import config_of, derivation, derived_config, describe
+from growmoe.planning.derived import (
+    config_of,
+    derivation,
+    derived_config,
+    describe,
+    exported_bytes,
+)
 from growmoe.planning.recipes import config_to_train
 from growmoe.planning.scratch import Spent, scratch_warning, spent_on
 from growmoe.recipe import ExportStage, GrowStage, PrepareStage, TrainStage, UpcycleStage
@@ -82,7 +95,7 @@ def _derived(spec: GrowStage | UpcycleStage, free: int | None) -> dict[str, Any]
     source = config_of(path)
     dtype = spec.dtype or stored_dtype(path)
     target = derived_config(source, spec)
-    before, after = _shape(source, stored_dtype(path)), _shape(target, dtype)
+    before, after = _stored_shape(path, source), _shape(target, dtype)
     warnings = []
     if free is not None and after["bytes_on_disk"] > free:
         warnings.append(f"only {free >> 20} MiB are free where {after['bytes_on_disk'] >> 20} go")
@@ -102,26 +115,40 @@ def _export(spec: ExportStage) -> dict[str, Any]:
     source = config_of(path)
     target = export_target(source, spec.engine, spec.portable, spec.as_gguf)
     dtype = stored_dtype(path)
-    after = _shape(changed_config(source, target.steps), spec.dtype or dtype, target.family)
+    config = changed_config(source, target.steps)
+    after = _shape(config, spec.dtype or dtype, target.family)
     after["family"] = "gguf" if spec.as_gguf else target.family
+    after["bytes_on_disk"] = exported_bytes(config, spec, target.family, dtype)
+    notes, lossy = target.notes, []
+    if spec.quantize:
+        after["dtype"], lossy = spec.quantize, [why_rounded(spec.quantize)]
+        notes += quantizing_notes(config, spec.engine)
     if spec.as_gguf and (path / "tokenizer.json").exists():
         tokenizer_fields(path, source)  # refuses one that llama.cpp would read otherwise
     return {
-        "in": {"path": str(path), **_shape(source, dtype)}, "out": after,
-        "declared_exact": True, "changes_of_form": list(target.steps),
+        "in": {"path": str(path), **_stored_shape(path, source)}, "out": after,
+        "declared_exact": not lossy, **({"lossy_because": lossy} if lossy else {}),
+        "changes_of_form": list(target.steps),
         "verification": "reloaded and compared" if spec.verify else "left out: unverified",
-        "warnings": list(target.notes),
+        "warnings": list(notes),
     }  # fmt: skip
 
 
-def _shape(config: ModelConfig, dtype: str, family: str | None = None) -> dict[str, Any]:
+def _shape(
+    config: ModelConfig, dtype: str, family: str | None = None, form: QuantizedForm | None = None
+) -> dict[str, Any]:  # fmt: skip
     found = describe(config)
     del found["bytes"]
-    empty = sum(
-        math.prod(shape) for _, shape in empty_tensors(config, family or pick_family(config))
-    )
-    size = config.bytes(dtype) + empty * DTYPE_BYTES[dtype]
-    return {**found, "dtype": dtype, "bytes_on_disk": size}
+    size = stored_bytes(config, family or pick_family(config), dtype, form)
+    return {**found, "dtype": form or dtype, "bytes_on_disk": size}
+
+
+def _stored_shape(path: Path, config: ModelConfig) -> dict[str, Any]:
+    """The shape of a model that is there."""
+    file, form = path / "config.json" if path.is_dir() else path, None
+    if path.suffix != ".gguf":
+        form = quantized_form(read_json(file), file)
+    return _shape(config, LEFT_DTYPE if form else stored_dtype(path), None, form)
 
 
 def _training(spec: TrainStage) -> dict[str, Any]:

@@ -7,13 +7,16 @@ from typing import Any
 from growmoe.errors import GrowmoeError, UsageError
 from growmoe.files import read_json
 from growmoe.models.config import ModelConfig, MoEConfig
+from growmoe.models.families import pick_family
 from growmoe.models.presets import preset
+from growmoe.models.stored import LEFT_DTYPE
 from growmoe.models.upcycling import expert_counts
 from growmoe.planning.derived import (
     config_of,
     derivation,
     derived_config,
     describe,
+    exported_bytes,
     exported_config,
 )
 from growmoe.planning.scratch import Spent, scratch_warning, spent_on
@@ -116,6 +119,9 @@ def plan_recipe(recipe: Recipe) -> list[dict[str, Any]]:
             if config is not None:
                 context = stage.sequence_length if isinstance(stage, TrainStage) else None
                 entry |= describe(config, context)
+                if isinstance(stage, ExportStage) and stage.quantize:
+                    family = pick_family(config)
+                    entry["bytes"] = exported_bytes(config, stage, family, LEFT_DTYPE)
                 if isinstance(stage, GrowStage | UpcycleStage):
                     source = _source_of(stage, configs)
                     assert source is not None

@@ -249,6 +249,10 @@ class ExportStage(_Derived):
     """Allow changes of form that cost space, where no public architecture fits otherwise."""
     format: Literal["gguf", "hf"] | None = None
     """For llama.cpp: a GGUF file (default), or a directory for its own converter."""
+    quantize: Literal["int8", "int4"] | None = None
+    """Weights as integers with a scale per 32 inputs (lossy): a directory in the compressed-tensors
+    form pack-quantized, or Q8_0 and Q4_0 of GGUF. Norms, routers and biases stay, embedding and
+    head too (in GGUF they are Q8_0)."""
 
     @model_validator(mode="after")
     def _formats(self) -> "ExportStage":
@@ -256,6 +260,12 @@ class ExportStage(_Derived):
             raise ValueError("format is for llama.cpp; the other engines read directories")
         if self.as_gguf and "shard_gb" in self.model_fields_set:
             raise ValueError("shard_gb is for directories; a GGUF file is one file")
+        if self.quantize and self.dtype not in (None, "bfloat16"):
+            raise ValueError(
+                f"dtype {self.dtype} contradicts quantize: what {self.quantize} leaves is bfloat16"
+            )
+        if self.quantize and self.format == "hf":
+            raise ValueError("llama.cpp's converter reads no quantised directory; leave out format")
         return self
 
     @property

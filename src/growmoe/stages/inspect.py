@@ -64,9 +64,13 @@ def run(
         raise UsageError(f"{path} is neither a model, a corpus nor a run directory")
     from growmoe.models.checkpoint import Directory, open_source
     from growmoe.models.config import tensor_shapes
+    from growmoe.models.stored import LEFT_DTYPE, stored_bytes
 
     source = open_source(path)
     result: dict[str, Any] = {"kind": "model", "dtype": source.dtype, **describe(source.config)}
+    if isinstance(source, Directory) and source.quantized:
+        size = stored_bytes(source.config, source.family, LEFT_DTYPE, source.quantized)
+        result |= {"quantized": source.quantized, "bytes": size}
     if isinstance(source, Directory):
         result["lineage"] = source.lineage()
     if tensors:

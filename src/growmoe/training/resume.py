@@ -19,6 +19,7 @@ from growmoe.errors import GrowmoeError
 from growmoe.files import publish, write_json
 from growmoe.models.checkpoint import named_views
 from growmoe.models.config import ModelConfig
+from growmoe.models.safetensors_header import Stored
 from growmoe.models.safetensors_io import write_shard
 
 MOMENTS = "optimizer/adamw.safetensors"
@@ -128,5 +129,5 @@ def save_moments(
                 views[f"{canonical}/step"] = state["step"].reshape(1)
     path = out / MOMENTS
     path.parent.mkdir(exist_ok=True)
-    shapes = {name: tuple(view.shape) for name, view in views.items()}
-    write_shard(path, shapes, "float32", views.__getitem__, lambda done: None)
+    stored = {name: Stored(tuple(view.shape), "float32") for name, view in views.items()}
+    write_shard(path, stored, views.__getitem__, lambda done: None)
