@@ -168,7 +168,7 @@ def test_wrong_entries_give_tensors_or_a_sentence(
         b'{"a":{"dtype":"F32","shape":[0,4611686018427387903,9],"data_offsets":[0,0]}}',
         b'{"a":{"dtype":"F32","shape":[true],"data_offsets":[0,4]}}',
         b'{"a":{"dtype":["F32"],"shape":[1],"data_offsets":[0,4]}}',
-        b'{"a":{"dtype":"I64","shape":[1],"data_offsets":[0,8]}}',
+        b'{"a":{"dtype":"U64","shape":[1],"data_offsets":[0,8]}}',
         b'{"a":{"dtype":"F32","shape":{},"data_offsets":[0,4]}}',
         b'{"a":{"dtype":"F32","shape":[1],"data_offsets":[8,4]}}',
     ],
