@@ -37,7 +37,7 @@ def misfits(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str,
 
 
 VERBS = (
-    "run", "prepare", "train", "grow", "upcycle", "verify", "evaluate", "chat", "generate",
+    "run", "prepare", "train", "grow", "upcycle", "verify", "evaluate", "chat", "generate", "bench",
     "inspect", "plan", "report", "doctor",
 )  # fmt: skip
 
@@ -149,6 +149,14 @@ def test_verify_says_when_models_differ(dense: Path, corpus: Path, tmp_path: Pat
         (["generate", "{dense}", "--prompt", "a", "--n", "0"], 2, "n: "),
         (["generate", "{dense}", "--prompt", "a", "--logprobs", "101"], 2, "logprobs"),
         (["generate", "{dense}", "--prompt", "a", "--weights", "int3"], 2, "weights"),
+        (["bench", "{dense}", "--batch", "1,x"], 2, "batch '1,x' is not a list of numbers"),
+        (["bench", "{dense}", "--batch", "0"], 2, "at least 1"),
+        (["bench", "{dense}"], 2, "more than the context of"),
+        (["bench", "{dense}", "--tokens", "1"], 2, "tokens must be at least 2, not 1"),
+        (["bench", "{dense}", "--weights", "int3"], 2, "'int3' are none of"),
+        (["bench", "{dense}", "--kv-dtype", "int8"], 2, "'int8' is not one of"),
+        (["bench", "{dense}", "--step-tokens", "8"], 2, "more than the largest batch"),
+        (["bench", "{corpus}"], 2, "no config.json"),
         (["inspect", "{tmp}"], 2, "neither a model, a corpus nor a run"),
         (["report", "{tmp}"], 2, "no summary.json"),
         (["plan"], 2, "exactly one of a recipe"),
@@ -232,6 +240,24 @@ def test_generate_in_other_forms(dense: Path, weights: str) -> None:
     done = growmoe("generate", dense, "--prompt", "The river", "--weights", weights)
     assert done.code == 0, done.err
     assert done.json["samples"][0]["tokens"] > 0
+
+
+def test_bench_measures_every_batch_size(dense: Path) -> None:
+    options = ["--prompt-tokens", 20, "--tokens", 6, "--batch", "1,3", "--repeat", 2]
+    done = growmoe("bench", dense, *options, "--weights", "int8")
+    assert done.code == 0, done.err
+    found = done.json
+    assert [one["batch"] for one in found["runs"]] == [1, 3]
+    for one in found["runs"]:
+        assert len(one["prefill_runs"]) == len(one["decode_runs"]) == 2
+        assert min(one["prefill_runs"] + one["decode_runs"]) > 0
+    assert (found["weights"], found["kv_dtype"], found["repeat"]) == ("int8", "bfloat16", 2)
+    assert found["load_seconds"] > 0
+    assert found["threads"] >= 1
+    rows = [line.split() for line in done.out.splitlines() if line.split()[:1] in (["1"], ["3"])]
+    assert len(rows) == 2
+    plan = growmoe("bench", dense, *options, "--dry-run", "--json").json
+    assert (plan["dry_run"], plan["memory"]["kv_blocks"]) == (True, 3 * 2)
 
 
 def chat(model: Path, typed: str, *options: object) -> tuple[str, str]:

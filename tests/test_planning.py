@@ -203,7 +203,8 @@ def verbs(tmp_path: Path) -> dict[str, list[object]]:
         "grow": [model, tmp_path / "out", "--layers", 4],
         "upcycle": [model, tmp_path / "out"], "verify": [model, model],
         "evaluate": [model, "--text", text], "generate": [model, "--prompt", "a"],
-        "chat": [model], "inspect": [model], "plan": [recipe], "report": [tmp_path / "r"],
+        "chat": [model], "bench": [model, "--prompt-tokens", 9], "inspect": [model],
+        "plan": [recipe], "report": [tmp_path / "r"],
         "doctor": [],
     }  # fmt: skip
 
@@ -227,7 +228,8 @@ def test_every_verb_has_a_dry_run_that_leaves_nothing_behind(
 
 def test_dry_runs_import_no_torch(tmp_path: Path) -> None:
     given = [[verb, *map(str, a), "--dry-run", "--json"] for verb, a in verbs(tmp_path).items()
-             if verb in ("run", "train", "grow", "upcycle", "verify", "generate")]  # fmt: skip
+             if verb in ("run", "train", "grow", "upcycle", "verify", "generate",
+                         "bench")]  # fmt: skip
     code = (
         "import sys, growmoe.cli\n"
         f"for arguments in {given!r}:\n"

@@ -44,7 +44,7 @@ def _main(
 for _verb in (
     making.run, making.prepare, making.train, making.grow, making.upcycle, making.export,
     looking.verify, looking.evaluate,
-    talking.generate, talking.chat,
+    talking.generate, talking.chat, talking.bench,
     looking.inspect, looking.plan, looking.report, looking.doctor,
 ):  # fmt: skip
     app.command()(_verb)

@@ -11,6 +11,7 @@ from growmoe.cli.common import (
     Json,
     Seed,
     existing,
+    finish,
     own_options,
     show_dry_run,
     stage,
@@ -102,3 +103,33 @@ def chat(
 
     result = chat_stage(spec, format, sys.stdin, _silent if json_only else _show)
     print(json.dumps(result), flush=True)
+
+
+def bench(
+    model: Annotated[str, typer.Argument(help="Model directory or .gguf file.")],
+    weights: Weights = "bfloat16",
+    kv_dtype: Annotated[
+        str | None, typer.Option(help="Keys and values: float32 or bfloat16; default by weights.")
+    ] = None,
+    batch: Annotated[str, typer.Option(help="Sequences at a time, as 1,8.")] = "1,8",
+    prompt_tokens: Annotated[int, typer.Option(help="Length of the prompts.")] = 512,
+    tokens: Annotated[int, typer.Option(help="Length of the answers.")] = 64,
+    repeat: Annotated[int, typer.Option(help="Runs of each; the median counts.")] = 3,
+    step_tokens: Annotated[int, typer.Option(help="Most tokens of one step.")] = 512,
+    seed: Seed = 0,
+    json_only: Json = False,
+    dry_run: DryRun = False,
+) -> None:
+    """Prefill and decoding speed, load time; the last line is one JSON document."""
+    given = own_options(locals())
+    from growmoe.stages.bench import BenchOptions, parse_batch, table
+    from growmoe.stages.bench import dry_run as bench_dry_run
+    from growmoe.stages.bench import run as bench_stage
+
+    options = BenchOptions(**{**given, "model": existing(model), "batch": parse_batch(batch)})
+    if dry_run:
+        finish(bench_dry_run(options), json_only)
+        return
+    threads()
+    result = bench_stage(options)
+    finish(result, json_only, table(result))
