@@ -12,13 +12,15 @@
 namespace GM_NS {
 
 #if defined(__AVX512F__)
-constexpr int ROWS = 12, ROWS_INTEGER = 6;  // rows that fit the registers
+constexpr int ROWS = 12, ROWS_INT8 = 6, ROWS_INT4 = 4;  // rows that fit the registers
 #elif defined(__AVX2__)
-constexpr int ROWS = 3, ROWS_INTEGER = 1;
+constexpr int ROWS = 3, ROWS_INT8 = 1, ROWS_INT4 = 1;
 #else
-constexpr int ROWS = 1, ROWS_INTEGER = 1;
+constexpr int ROWS = 1, ROWS_INT8 = 1, ROWS_INT4 = 1;
 #endif
-constexpr int most_rows(int form) { return form >= GM_INT8 ? ROWS_INTEGER : ROWS; }
+constexpr int most_rows(int form) {
+  return form == GM_INT4 ? ROWS_INT4 : form == GM_INT8 ? ROWS_INT8 : ROWS;
+}
 
 static inline int padded(int k) { return (k + GROUP - 1) / GROUP * GROUP; }
 
@@ -64,12 +66,13 @@ static inline void panel_bfloat16(const char* w, const void* const* x, int k, vf
   }
 }
 
-// The scales come after the sum over a group, so groups do not wait for each other.
+// The scales come after the sum over a group, and a group has two sums: products wait for each other
+// in short chains only.
 template <int M>
-static inline void add_group(const char* scales, vf (&sums)[M][V], vf (&acc)[M][V]) {
+static inline void add_group(const char* scales, const vf (&sums)[2][M][V], vf (&acc)[M][V]) {
   for (int v = 0; v < V; ++v) {
     vf scale = widen(load<vh>(scales + 2 * v * W));
-    for (int m = 0; m < M; ++m) acc[m][v] += sums[m][v] * scale;
+    for (int m = 0; m < M; ++m) acc[m][v] += (sums[0][m][v] + sums[1][m][v]) * scale;
   }
 }
 
@@ -78,15 +81,22 @@ static inline void panel_int8(const char* w, const void* const* x, int k, vf (&a
   const uint32_t* rows[M];
   for (int m = 0; m < M; ++m) rows[m] = static_cast<const uint32_t*>(x[m]);
   for (int group = 0; group < padded(k) / GROUP; ++group, w += kInt8Group) {
-    vf sums[M][V] = {};
-#pragma GCC unroll 4
-    for (int i = 0; i < GROUP / 2; ++i) {
-      for (int v = 0; v < V; ++v) {
-        const char* place = w + 2 * PANEL + i * 64 + v * W / 16 * 32 + v * W % 16;
-        Pair values = pair_of(from_bytes(place), from_bytes(place + 16));
+    vf sums[2][M][V] = {};
+    const char* place = w + 2 * PANEL;
+#pragma GCC unroll 2
+    for (int i = 0; i < GROUP / 2; i += 2) {
+#pragma GCC unroll 2
+      for (int j = 0; j < 2; ++j, place += 64) {
+        Pair values[V];
+        for (int v = 0; v < V; ++v) {
+          const char* bytes = place + v * W / 16 * 32 + v * W % 16;
+          values[v] = pair_of(from_bytes(bytes), from_bytes(bytes + 16));
+        }
 #pragma GCC unroll 16
         for (int m = 0; m < M; ++m)
-          sums[m][v] = dot(sums[m][v], values, rows[m] + group * (GROUP / 2) + i);
+          for (int v = 0; v < V; ++v)
+            sums[j][m][v] =
+                dot(sums[j][m][v], values[v], rows[m] + group * (GROUP / 2) + i + j);
       }
     }
     add_group<M>(w, sums, acc);
@@ -110,24 +120,28 @@ static inline void panel_int4(const char* w, const void* const* x, int k, vf (&a
   const __m512i table = nibble_table();
 #endif
   for (int group = 0; group < padded(k) / GROUP; ++group, w += kInt4Group) {
-    vf sums[M][V] = {};
+    vf sums[2][M][V] = {};
 #pragma GCC unroll 4
     for (int q = 0; q < 4; ++q) {
-      for (int v = 0; v < V; ++v) {
-        vu words = load<vu>(w + 2 * PANEL + (q * PANEL + v * W) * 4LL);
+      vu words[V];
+      for (int v = 0; v < V; ++v) words[v] = load<vu>(w + 2 * PANEL + (q * PANEL + v * W) * 4LL);
 #pragma GCC unroll 4
-        for (int j = 0; j < 4; ++j) {
+      for (int j = 0; j < 4; ++j) {
+        Pair values[V];
+        for (int v = 0; v < V; ++v) {
 #if defined(__AVX512BF16__)
-          Pair values = _mm512_permutexvar_epi16((__m512i)(words >> (4 * j)), table);
+          values[v] = _mm512_permutexvar_epi16((__m512i)(words[v] >> (4 * j)), table);
 #else
-          vf even = __builtin_convertvector((vi)(words >> (4 * j) & 15) - 8, vf);
-          vf odd = __builtin_convertvector((vi)(words >> (16 + 4 * j) & 15) - 8, vf);
-          Pair values = pair_of(even, odd);
+          vf even = __builtin_convertvector((vi)(words[v] >> (4 * j) & 15) - 8, vf);
+          vf odd = __builtin_convertvector((vi)(words[v] >> (16 + 4 * j) & 15) - 8, vf);
+          values[v] = pair_of(even, odd);
 #endif
-#pragma GCC unroll 16
-          for (int m = 0; m < M; ++m)
-            sums[m][v] = dot(sums[m][v], values, rows[m] + group * (GROUP / 2) + 4 * q + j);
         }
+#pragma GCC unroll 16
+        for (int m = 0; m < M; ++m)
+          for (int v = 0; v < V; ++v)
+            sums[j % 2][m][v] =
+                dot(sums[j % 2][m][v], values[v], rows[m] + group * (GROUP / 2) + 4 * q + j);
       }
     }
     add_group<M>(w, sums, acc);
@@ -138,17 +152,12 @@ template <int M>
 static inline void panel_of(int form, const char* w, const void* const* x, int k,
                             float (*out)[PANEL]) {
   vf acc[M][V] = {};
-  if (form == GM_FLOAT32) {
-    panel_float32<M>(w, x, k, acc);
-  } else if (form == GM_BFLOAT16) {
-    panel_bfloat16<M>(w, x, k, acc);
-  } else if constexpr (M <= ROWS_INTEGER) {
-    if (form == GM_INT8) {
-      panel_int8<M>(w, x, k, acc);
-    } else {
-      panel_int4<M>(w, x, k, acc);
-    }
-  }
+  if (form == GM_FLOAT32) panel_float32<M>(w, x, k, acc);
+  if (form == GM_BFLOAT16) panel_bfloat16<M>(w, x, k, acc);
+  if constexpr (M <= ROWS_INT8)
+    if (form == GM_INT8) panel_int8<M>(w, x, k, acc);
+  if constexpr (M <= ROWS_INT4)
+    if (form == GM_INT4) panel_int4<M>(w, x, k, acc);
   for (int m = 0; m < M; ++m)
     for (int v = 0; v < V; ++v) store(&out[m][v * W], acc[m][v]);
 }
