@@ -4,7 +4,9 @@ Recording is here `as_it_is`, which runs the same work on the same buffers; the 
 under its interpreter. Tests marked gpu record real graphs.
 """
 
+import importlib
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from transformers import AutoModelForCausalLM
 
 # the first import of growmoe's kernels: it turns the interpreter on
 from test_triton import DEVICE, GPU
@@ -30,6 +33,7 @@ from growmoe.inference.paged import PagedCache, Span
 from growmoe.inference.requests import Sampling
 from growmoe.inference.runner import Runner
 from growmoe.inference.scheduler import Step
+from growmoe.models.checkpoint import load_model
 from growmoe.models.config import MoEConfig
 from growmoe.models.transformer import Transformer
 from growmoe.ops import triton_direct, triton_experts, triton_paged, triton_routing
@@ -202,6 +206,36 @@ def test_who_gets_graphs() -> None:
     if not GPU:
         with pytest.raises(UsageError, match="needs a GPU"):
             LLM(Loaded("tiny", model, None, frozenset(), torch.float32), device="cuda")
+
+
+def test_the_benchmark_decodes_as_transformers_does(
+    triton_everywhere: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All of gpu_decode.py but the GPU and its clock: the same logits, then the same tokens."""
+    monkeypatch.syspath_prepend(str(Path(__file__).parent.parent / "benchmarks"))
+    bench, random_mixtral = map(importlib.import_module, ("gpu_decode", "random_mixtral"))
+    sizes = random_mixtral.Sizes(
+        hidden=32, layers=1, heads=4, kv_heads=2, experts=4, ffn=16, vocab=400
+    )
+    folder = random_mixtral.Model(tmp_path, sizes).directory("float32")
+    peer = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    prompts = [[1, 2, 3], [7, 6, 5]]
+    model = load_model(folder, "float32")
+    decodings = [
+        bench.ours(model.to(DEVICE), as_it_is, DEVICE, prompts),
+        *(
+            bench.theirs(peer.to(DEVICE), name, DEVICE, prompts)
+            for name in ("grouped_mm", "batched_mm")
+        ),
+    ]
+    firsts, tokens = zip(*map(next, decodings))
+    bench.compare(dict(zip("abc", firsts)), 2)
+    with pytest.raises(GrowmoeError, match="b differs from a at batch 2"):
+        bench.compare({"a": firsts[0], "b": firsts[0].flip(1)}, 2)
+    for _ in range(3):
+        assert tokens[0] == tokens[1] == tokens[2]
+        nothing, tokens = zip(*map(next, decodings))
+        assert nothing == (None,) * 3
 
 
 # --- nothing waits for the device ---

@@ -326,11 +326,14 @@ def test_the_kernels_use_tuned_tiles(folder: Path, monkeypatch: pytest.MonkeyPat
 
 
 @pytest.mark.skipif(GPU, reason="there is a GPU to tune")
-@pytest.mark.parametrize("script", ["tune_moe.py"])
-def test_a_benchmark_of_a_gpu_refuses_to_run_without_one(script: str, tmp_path: Path) -> None:
-    sizes = "--experts 8 --hidden 64 --width 64 --top-k 2 --out"
+@pytest.mark.parametrize(
+    "command",
+    ["tune_moe.py --experts 8 --hidden 64 --width 64 --top-k 2 --out", "gpu_decode.py --cache"],
+)
+def test_a_benchmark_of_a_gpu_refuses_to_run_without_one(command: str, tmp_path: Path) -> None:
+    script, *options = command.split()
     done = subprocess.run(
-        [sys.executable, f"benchmarks/{script}", *sizes.split(), str(tmp_path)],
+        [sys.executable, f"benchmarks/{script}", *options, str(tmp_path)],
         cwd=ROOT, capture_output=True, text=True, timeout=240,
     )  # fmt: skip
     assert (done.returncode, done.stdout, len(done.stderr.splitlines())) == (2, "", 1)
