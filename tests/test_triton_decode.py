@@ -185,11 +185,14 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 tools = pathlib.Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 for line in sys.argv[1:]:
-    module, name, types, constants, warps = eval(line)
+    module, name, types, constants, warps, stages = eval(line)
     kernel = getattr(importlib.import_module("growmoe.ops." + module), name)
     signature = {arg: types.get(arg, "constexpr") for arg in kernel.arg_names}
-    source = ASTSource(kernel, signature, constants)
-    options = {"num_warps": warps, "num_stages": 2}
+    # as a launch finds it: aligned pointers, sizes that are multiples of 16
+    sixteen = {(i,): [["tt.divisibility", 16]] for i, arg in enumerate(kernel.arg_names)
+               if signature[arg].startswith("*") or arg in ("D", "F", "C", "cols", "inner")}
+    source = ASTSource(kernel, signature, constants, sixteen)
+    options = {"num_warps": warps, "num_stages": stages}
     done = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(done.asm["cubin"])
@@ -201,7 +204,9 @@ for line in sys.argv[1:]:
 """
 
 
-def compiled(*kernels: tuple[str, str, dict[str, str], dict[str, Any], int]) -> list[list[str]]:
+def compiled(
+    *kernels: tuple[str, str, dict[str, str], dict[str, Any], int, int],
+) -> list[list[str]]:
     """Compile kernels for sm_90 by a process without the interpreter; [name, bytes of shared
     memory, uses tensor cores, bytes of spilled registers] of each."""
     import triton
@@ -226,13 +231,48 @@ def test_direct_experts_compile_for_sm90() -> None:
     lines = compiled(
         *(
             ("triton_direct", "_direct_up_kernel", types,
-             {**blocks, "SWIGLU": swiglu, "HAS_BIAS": bias}, tile.warps)
+             {**blocks, "SWIGLU": swiglu, "HAS_BIAS": bias}, tile.warps, 2)
             for swiglu, bias in ((True, False), (False, True))
         ),
-        ("triton_direct", "_direct_down_kernel", types, {**blocks, "HAS_BIAS": False}, tile.warps),
+        ("triton_direct", "_direct_down_kernel", types, {**blocks, "HAS_BIAS": False}, tile.warps, 2),
     )  # fmt: skip
     assert [line[0] for line in lines] == ["_direct_up_kernel"] * 2 + ["_direct_down_kernel"]
     assert all(line[3] == "0" for line in lines)
+
+
+def test_sorted_experts_compile_for_sm90() -> None:
+    """The router and the kernels of many rows, with the tiles of bfloat16."""
+    data = dict.fromkeys(("x_ptr", "up_ptr", "h_ptr", "pre_ptr", "w_ptr", "out_ptr"), "*bf16")
+    data |= dict.fromkeys(("left_ptr", "rows_ptr", "y_ptr"), "*bf16")
+    floats = dict.fromkeys(("logits_ptr", "bias_ptr", "scores_ptr", "weights_ptr", "scale_ptr"))
+    longs = dict.fromkeys(("order_ptr", "counts_ptr", "experts_ptr"), "*i64")
+    names = ("inverse_ptr", "histograms_ptr", "starts_ptr", "offsets_ptr", "ticket_ptr")
+    sizes = ("D", "F", "E", "T", "K", "cols", "inner", "stride_col", "stride_inner", "blocks")
+    types = {
+        **data, **dict.fromkeys(floats, "*fp32"), **longs, **dict.fromkeys(names, "*i32"),
+        **dict.fromkeys(sizes, "i32"),
+    }  # fmt: skip
+    route = {"SOFTMAX": True, "RENORMALIZE": True, "HAS_BIAS": True, "BLOCK_B": 16}
+    tile = {"BLOCK_T": 16, "BLOCK_E": 64}
+    kernels: list[Any] = [
+        ("triton_routing", "_route_kernel", types, {**route, **tile, "SINGLE": False}, 4, 2),
+        ("triton_routing", "_scatter_kernel", types, tile, 4, 2),
+        (
+            "triton_experts", "_sum_rows_kernel", types,
+            {"TOP_K": 2, "BLOCK_T": 4, "BLOCK_D": 512, "BLOCK_E": 64}, 4, 2,
+        ),
+    ]  # fmt: skip
+    for name, options in (("gated", {"TOP_K": 2, "KEEP": False}), ("rows", {"SCALE": True})):
+        kernel = "_gated_rows_kernel" if name == "gated" else "_scattered_rows_kernel"
+        for chosen in triton_experts.TILES[name, torch.bfloat16]:
+            blocks = {"BLOCK_M": chosen.rows, "BLOCK_N": chosen.cols, "BLOCK_K": chosen.inner}
+            constants = {**options, **blocks, "BLOCK_E": 64, "GROUP": 8, "UPCAST": False}
+            kernels.append(
+                ("triton_experts", kernel, types, constants, chosen.warps, chosen.stages)
+            )
+    lines = compiled(*kernels)
+    assert [line[2] for line in lines] == ["False"] * 3 + ["True"] * 8  # tensor cores
+    assert all(line[3] == "0" for line in lines), lines
 
 
 # --- tuned blocks ---

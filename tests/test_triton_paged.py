@@ -178,15 +178,15 @@ def test_paged_attention_compiles_for_sm90() -> None:
     strides = dict.fromkeys(("k_head", "k_row", "v_head", "v_row", "q_head", "q_row"), "i32")
     types = {**data, **integers, **floats, **sizes, **strides, "scale": "fp32"}
     kernels = [
-        ("triton_paged", "_write_kernel", types, {"BLOCK": 16, "BLOCK_S": 64, "BLOCK_C": 64}, 1),
-        ("triton_paged", "_combine_kernel", types, {"SPLITS": 16, "BLOCK_C": 64}, 1),
+        ("triton_paged", "_write_kernel", types, {"BLOCK": 16, "BLOCK_S": 64, "BLOCK_C": 64}, 1, 2),
+        ("triton_paged", "_combine_kernel", types, {"SPLITS": 16, "BLOCK_C": 64}, 1, 2),
     ]
     for queries, splits, block_m in ((1, 16, 16), (16, 1, 64)):
         constants = {
             "GROUP": 4, "QUERIES": queries, "WINDOW": splits == 1, "SPLITS": splits, "BLOCK": 16,
             "BLOCK_M": block_m, "BLOCKS": 4, "BLOCK_C": 64, "UPCAST": False,
         }  # fmt: skip
-        kernels.append(("triton_paged", "_attend_kernel", types, constants, 4))
+        kernels.append(("triton_paged", "_attend_kernel", types, constants, 4, 3))
     lines = compiled(*kernels)
     assert [line[2] for line in lines] == ["False", "False", "True", "True"]  # tensor cores
     assert all(int(line[1]) <= 96 * 1024 and line[3] == "0" for line in lines)
