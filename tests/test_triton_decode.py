@@ -234,7 +234,10 @@ def test_direct_experts_compile_for_sm90() -> None:
              {**blocks, "SWIGLU": swiglu, "HAS_BIAS": bias}, tile.warps, 2)
             for swiglu, bias in ((True, False), (False, True))
         ),
-        ("triton_direct", "_direct_down_kernel", types, {**blocks, "HAS_BIAS": False}, tile.warps, 2),
+        (
+            "triton_direct", "_direct_down_kernel", types, {**blocks, "HAS_BIAS": False},
+            tile.warps, 2,
+        ),
     )  # fmt: skip
     assert [line[0] for line in lines] == ["_direct_up_kernel"] * 2 + ["_direct_down_kernel"]
     assert all(line[3] == "0" for line in lines)
@@ -264,14 +267,14 @@ def test_sorted_experts_compile_for_sm90() -> None:
     ]  # fmt: skip
     for name, options in (("gated", {"TOP_K": 2, "KEEP": False}), ("rows", {"SCALE": True})):
         kernel = "_gated_rows_kernel" if name == "gated" else "_scattered_rows_kernel"
-        for chosen in triton_experts.TILES[name, torch.bfloat16]:
+        for chosen in triton_experts.TILES[name, torch.bfloat16][::3]:  # lowest, highest
             blocks = {"BLOCK_M": chosen.rows, "BLOCK_N": chosen.cols, "BLOCK_K": chosen.inner}
             constants = {**options, **blocks, "BLOCK_E": 64, "GROUP": 8, "UPCAST": False}
             kernels.append(
                 ("triton_experts", kernel, types, constants, chosen.warps, chosen.stages)
             )
     lines = compiled(*kernels)
-    assert [line[2] for line in lines] == ["False"] * 3 + ["True"] * 8  # tensor cores
+    assert [line[2] for line in lines] == ["False"] * 3 + ["True"] * 4  # tensor cores
     assert all(line[3] == "0" for line in lines), lines
 
 
