@@ -99,14 +99,18 @@ def routed(x_TD: Tensor, router_ED: Tensor, k: int, raw: bool) -> tuple[Tensor, 
     return experts_TK, weights_TK if raw else weights_TK / weights_TK.sum(-1, keepdim=True)
 
 
-def grown(shared: Shared, k: int) -> Layer:
-    """This project's layer, as a model runs it."""
+def layer_config(shared: Shared, k: int) -> ModelConfig:
+    """Of a model with these experts in its one layer."""
     E, D, width = shared.sizes
-    config = ModelConfig(
+    return ModelConfig(
         vocab_size=8, hidden_size=D, num_layers=1, num_heads=1, num_kv_heads=1, head_dim=2,
         ffn_size=width, moe=MoEConfig(experts=(E,), top_k=k, ffn_size=width),
     )  # fmt: skip
-    moe = MoE(config, E)
+
+
+def grown(shared: Shared, k: int) -> Layer:
+    """This project's layer, as a model runs it."""
+    moe = MoE(layer_config(shared, k), shared.sizes[0])
     moe.router.weight, moe.experts.up, moe.experts.down = shared.parameters()
     return Layer(
         "growmoe", lambda x: moe(x.unsqueeze(0), None)[0].squeeze(0), shared.parameters(),
