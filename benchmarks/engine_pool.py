@@ -30,8 +30,9 @@ class Worker:
     """A process that has loaded one model. `missing` says why it could not."""
 
     def __init__(
-        self, key: Key, model: Path, options: dict[str, Any], python: str, log: Path
-    ) -> None:
+        self, key: Key, model: Path, options: dict[str, Any], python: str, log: Path,
+        script: Path = WORKER,
+    ) -> None:  # fmt: skip
         threads = str(key.threads)
         environment = {
             **os.environ, "OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads,
@@ -43,7 +44,7 @@ class Worker:
         self.log = log
         with log.open("a") as errors:
             self.process = subprocess.Popen(
-                [python, str(WORKER), key.kind, str(model), key.form, threads, json.dumps(options)],
+                [python, str(script), key.kind, str(model), key.form, threads, json.dumps(options)],
                 stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True,
                 env=environment,
             )  # fmt: skip
@@ -91,10 +92,10 @@ class Pool:
 
     def __init__(
         self, models: Any, options: dict[str, Any], resident: int, pythons: dict[str, str],
-        log: Path,
+        log: Path, script: Path = WORKER,
     ) -> None:  # fmt: skip
         self.models, self.options, self.resident = models, options, resident
-        self.pythons, self.log = pythons, log
+        self.pythons, self.log, self.script = pythons, log, script
         self.workers: OrderedDict[Key, Worker] = OrderedDict()
         self.missing: dict[tuple[str, str], str] = {}
         """(kind, form) -> why it cannot be measured."""
@@ -111,7 +112,7 @@ class Pool:
             self.workers.popitem(last=False)[1].close()
         model = Path() if key.kind == "probe" else self.models.of(key.kind, key.form)
         python = self.pythons.get(key.kind, sys.executable)
-        worker = Worker(key, model, self.options, python, self.log)
+        worker = Worker(key, model, self.options, python, self.log, self.script)
         if worker.missing is not None:
             worker.close()
             self.missing[key.kind, key.form] = worker.missing

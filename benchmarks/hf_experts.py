@@ -52,7 +52,8 @@ def model_of(name: str, options: argparse.Namespace, dtype: torch.dtype) -> Any:
     else:
         config = transformers.Qwen2MoeConfig(
             **sizes, num_experts=4 * options.experts, num_experts_per_tok=4,
-            moe_intermediate_size=options.ffn // 4, shared_expert_intermediate_size=options.ffn // 2,
+            moe_intermediate_size=options.ffn // 4,
+            shared_expert_intermediate_size=options.ffn // 2,
         )  # fmt: skip
     torch.manual_seed(options.seed)
     model = transformers.AutoModelForCausalLM.from_config(config)
@@ -80,8 +81,7 @@ def check(model: Any, ids_1T: Tensor, backward: bool, dtype: str) -> dict[str, f
     for implementation in reversed(IMPLEMENTATIONS):  # eager first
         got = [run(model, implementation, ids_1T, backward)]
         if backward and dtype == "fp32":
-            experts = [p.grad for n, p in model.named_parameters() if "experts" in n]
-            got += [grad for grad in experts if grad is not None]
+            got += [one.grad for one in model.parameters() if one.grad is not None]
         wanted = wanted or [tensor.clone() for tensor in got]
         if len(got) != len(wanted):
             raise GrowmoeError(f"{implementation} gives gradients to other weights than eager")

@@ -136,36 +136,159 @@ def test_decode_measures_engines_in_turns(tmp_path: Path) -> None:
         assert ids[:4] == greedy["growmoe"][:4]
 
 
-RATIOS = """
-import json, decode
-def row(engine, rates, **more):
-    return {"engine": engine, "form": "bfloat16", "pass": "decode", "batch": 8, "threads": 2,
-            "samples": rates, "best": max(rates), **more}
-rows = [row("growmoe", [10, 30, 60]), row("llama.cpp", [10, 10, 40]), row("vllm", [5, 20, 20])]
-print(json.dumps(decode.ratios(rows, 2)))
-"""
+@pytest.fixture
+def beside(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The scripts can be imported."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
 
 
+@pytest.mark.usefixtures("beside")
 def test_ours_is_compared_with_the_best_peer_of_each_round() -> None:
-    done = bench(program=RATIOS)
-    assert done.returncode == 0, done.stderr
-    (found,) = json.loads(done.stdout)
+    import decode
+
+    def row(engine: str, rates: list[int]) -> dict:
+        case = {"form": "bfloat16", "pass": "decode", "batch": 8, "threads": 2}
+        return {"engine": engine, "samples": rates, "best": max(rates), **case}
+
+    rows = [row("growmoe", [10, 30, 60]), row("llama.cpp", [10, 10, 40]), row("vllm", [5, 20, 20])]
+    (found,) = decode.ratios(rows, 2)
     assert found["target"] == "bf16 batch 8 / best peer"
     assert (found["ratio"], found["ratio_of_best"]) == (1.5, 1.5)
     assert found["met"] is True
+    assert decode.ratios(rows[1:], 2) == decode.ratios(rows, 1) == []
 
 
-STEP = """
-from random_mixtral import Sizes
-sizes = Sizes()
-print(sizes.step_bytes(1, "float32") / 4, sizes.distinct_experts(1), sizes.distinct_experts(32))
+@pytest.mark.usefixtures("beside")
+def test_the_bytes_of_a_step_are_those_of_the_active_weights() -> None:
+    from random_mixtral import Sizes
+
+    sizes = Sizes()
+    attention, head = 1024 * (2 * 1024 + 2 * 256 + 8), 32000 * 1024
+    assert sizes.step_bytes(1, "float32") / 4 == 12 * (attention + 2 * 3 * 1024 * 2048) + head
+    assert sizes.step_bytes(1, "int4") > sizes.step_bytes(1, "int8") / 2
+    assert sizes.distinct_experts(1) == pytest.approx(2)
+    assert sizes.distinct_experts(32) == pytest.approx(8 * (1 - 0.75**32))
+
+
+# ---- one layer three ways ----
+
+LAYER = (
+    "--hidden", "64", "--ffn", "32", "--experts", "4", "8", "--tokens", "1", "9", "--threads", "1",
+    "--repeats", "2", "--sample-ms", "1", "--probe-mib", "4",
+)  # fmt: skip
+
+
+def test_baseline_compares_every_cell() -> None:
+    done = bench(*LAYER, script="baseline.py")
+    assert done.returncode == 0, done.stderr
+    document = json.loads(done.stdout.splitlines()[-1])
+    assert {"commit", "load_average", "ours", "hidden"} <= document["config"].keys()
+    cells = set(itertools.product((1, 9), (4, 8), (1, 2)))
+    dropped = 0.0
+    for name in ("onehot", "onehot_cf1", "table", "growmoe", "hf_grouped_mm"):
+        own = [row for row in document["rows"] if row["impl"] == name]
+        assert sorted((row["T"], row["E"], row["k"]) for row in own) == sorted(cells)
+        for row in own:
+            assert row["seconds"] >= row["best_seconds"] > 0
+            assert row["fraction_of_ceiling"] > 0
+            assert row["distinct_experts"] <= min(row["E"], row["T"] * row["k"])
+            assert ("dropped" in row) == (name == "onehot_cf1")
+            dropped += row.get("dropped", 0)
+            if name != "onehot_cf1":
+                assert row["difference"] <= document["config"]["tolerance"]
+    assert dropped > 0
+
+
+LOSING = """
+import sys, baseline
+build = baseline.builders
+def broken():
+    found, by = build()
+    found["growmoe"] = baseline.onehot_cf1
+    return found, by
+baseline.builders = broken
+sys.exit(baseline.main())
 """
 
 
-def test_the_bytes_of_a_step_are_those_of_the_active_weights() -> None:
-    done = bench(program=STEP)
-    weights, one, many = map(float, done.stdout.split())
-    attention = 1024 * (2 * 1024 + 2 * 256 + 8)
-    assert weights == 12 * (attention + 2 * 3 * 1024 * 2048) + 32000 * 1024
-    assert one == pytest.approx(2)
-    assert many == pytest.approx(8 * (1 - 0.75**32))
+def test_baseline_stops_when_ours_drops_tokens() -> None:
+    done = bench(*LAYER, "--tokens", "9", "--top-k", "2", program=LOSING)
+    assert done.returncode == 1
+    assert "onehot_cf1 differs from the reference" in done.stderr.splitlines()[-1]
+
+
+# ---- experts inside of transformers ----
+
+MODELS = (
+    "--hidden", "32", "--ffn", "32", "--layers", "1", "--heads", "2", "--experts", "3", "--vocab",
+    "50", "--threads", "1", "--tokens", "1", "6", "--train-tokens", "6", "--repeats", "2",
+    "--sample-ms", "1",
+)  # fmt: skip
+
+
+def test_hf_experts_measures_forward_and_backward() -> None:
+    done = bench(*MODELS, script="hf_experts.py")
+    assert done.returncode == 0, done.stderr
+    document = json.loads(done.stdout.splitlines()[-1])
+    passes = {(1, "forward"), (6, "forward"), (6, "forward+backward")}
+    cells = set(itertools.product(("mixtral", "qwen2_moe"), ("fp32", "bf16"), passes))
+    for experts in ("growmoe", "grouped_mm", "eager"):
+        own = [row for row in document["rows"] if row["experts"] == experts]
+        assert {(r["model"], r["dtype"], (r["T"], r["pass"])) for r in own} == cells
+        assert all(row["seconds"] >= row["best_seconds"] > 0 for row in own)
+
+
+WRONG = """
+import sys, hf_experts, growmoe.hf_experts as ours
+real = ours.expert_mlp
+half = lambda weights: 0.5 * weights + 0.5 * weights.detach()  # right outputs, wrong gradients
+ours.expert_mlp = lambda x, table, weights, *rest: real(x, table, half(weights), *rest)
+sys.exit(hf_experts.main())
+"""
+
+
+def test_hf_experts_stops_at_a_difference() -> None:
+    one = ("--dtype", "fp32", "--models", "mixtral", "--tokens", "6")
+    done = bench(*MODELS, *one, program=WRONG)
+    assert done.returncode == 1
+    assert "growmoe differs from eager" in done.stderr.splitlines()[-1]
+
+
+# ---- traffic ----
+
+
+def test_serving_plays_the_same_requests_to_every_engine(tmp_path: Path) -> None:
+    pytest.importorskip("xllamacpp")
+    picture = tmp_path / "serving.png"
+    done = bench(
+        *TINY, "--cache", str(tmp_path), "--rates", "4", "8", "--seconds", "0.8", "--threads", "1",
+        "--prompt-tokens", "4", "24", "--output-tokens", "2", "6", "--shared-tokens", "32",
+        "--slots", "2", "--plot", str(picture), script="serving.py",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    document = json.loads(done.stdout.splitlines()[-1])
+    rows = {(row["engine"], row["rate"]): row for row in document["rows"]}
+    engines = ("growmoe", "growmoe_whole_prompts", "growmoe_no_reuse", "llama.cpp")
+    assert set(rows) == set(itertools.product(engines, (4.0, 8.0)))
+    for row in rows.values():
+        assert row["requests"] == rows["growmoe", row["rate"]]["requests"]
+        for name in ("ttft_s", "between_tokens_s", "whole_s"):
+            assert 0 <= row[name]["p50"] <= row[name]["p90"] <= row[name]["p99"]
+        assert row["whole_s"]["p50"] >= row["ttft_s"]["p50"] > 0
+        assert row["output_tokens_per_s"] > 0
+    assert rows["growmoe_no_reuse", 8.0]["cached_tokens"] == 0
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.usefixtures("beside")
+def test_goodput_counts_requests_within_both_limits() -> None:
+    import serving
+
+    options = serving.arguments(["--ttft-limit", "1", "--token-limit", "0.5"])
+    schedule = [(0.0, [1], 3), (1.0, [1], 3), (2.0, [1], 1)]
+    times = [[0.5, 1.0, 1.5], [1.5, 2.5, 3.5], [4.0]]
+    row = serving.summary(schedule, times, options)
+    assert row["good"] == pytest.approx(1 / 3)  # the second is slow, the third came late
+    assert row["output_tokens_per_s"] == 7 / 4
+    assert row["ttft_s"] == {"p50": 0.5, "p90": 2.0, "p99": 2.0}
+    assert row["whole_s"]["p50"] == 2.0
