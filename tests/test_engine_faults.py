@@ -478,6 +478,35 @@ def test_texts_under_way_come_before_prompts_and_prompts_in_order() -> None:
     assert requests[3].started is None
 
 
+def test_a_keyboard_interrupt_leaves_the_engine_whole() -> None:
+    engine, fake = engine_of(24)
+    request = Request(prompt_of(20), GREEDY)
+    engine.add(request)
+    outputs = engine.step()
+
+    def stop(step: Step) -> None:
+        raise KeyboardInterrupt
+
+    fake.trouble = stop
+    with pytest.raises(KeyboardInterrupt):
+        engine.step()
+    check_blocks(engine)
+    fake.trouble = lambda step: None
+    assert tokens_of(outputs + drain(engine), request) == expected(request, 0, frozenset())
+
+
+def test_cached_tokens_are_those_of_others_not_of_a_preempted_self() -> None:
+    engine, _ = engine_of(5, step_tokens=40)
+    long = dataclasses.replace(GREEDY, max_tokens=25)
+    requests = [Request(prompt_of(20, first), long) for first in (1, 5)]
+    for request in requests:
+        engine.add(request)
+    drain(engine)
+    assert engine.stats().preemptions == 1
+    assert [request.cached_tokens for request in requests] == [0, 0]
+    assert engine.stats().cached_tokens == 0
+
+
 def test_a_budget_without_room_for_prompts_is_refused() -> None:
     with pytest.raises(UsageError, match="step_tokens .4. must be more than max_sequences .4."):
         engine_of(8, step_tokens=4)

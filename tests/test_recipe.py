@@ -1,5 +1,6 @@
 """Recipes: every mistake at once, with line and hint; overrides; every shipped recipe loads."""
 
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ from hypothesis import strategies as st
 
 from conftest import ROOT, growmoe, write_tiny
 from growmoe.errors import GrowmoeError, UsageError
+from growmoe.inference.requests import Sampling
 from growmoe.planning.recipes import plan_recipe
 from growmoe.recipe_yaml import load_recipe
 
@@ -126,6 +128,25 @@ stages:
 def test_one_mistake(tmp_path: Path, old: str, new: str, expected: str) -> None:
     assert old in GOOD
     assert expected in problems(tmp_path, GOOD.replace(old, new, 1))
+
+
+def test_a_generate_stage_says_how_to_sample(tmp_path: Path) -> None:
+    """Every field of Sampling can be given, but token ids: a recipe speaks in texts."""
+    given = {
+        "max_tokens": 9, "temperature": 0.5, "top_k": 7, "top_p": 0.5, "min_p": 0.1,
+        "repetition_penalty": 1.2, "seed": 3, "n": 2, "stop": ["x"], "ignore_eos": True,
+        "logprobs": 4,
+    }  # fmt: skip
+    stage = {"stage": "generate", "model": "big", "prompts": ["a"], "weights": "int8", **given}
+    text = GOOD + "  - " + yaml.safe_dump(stage, default_flow_style=True, width=1000)
+    spec = load_recipe(write(tmp_path, text)).stages[-1]
+    sampling = Sampling.of(spec)
+    assert dataclasses.asdict(sampling) == {**given, "stop": ("x",), "stop_token_ids": ()}
+    wrong = {**stage, "top_k": -1, "min_p": 2, "logprobs": 101, "weights": "int3", "stop": [""]}
+    text = GOOD + "  - " + yaml.safe_dump(wrong, default_flow_style=True, width=1000)
+    found = problems(tmp_path, text)
+    for name in ("top_k", "min_p", "logprobs", "weights", "stop"):
+        assert any(f".{name}" in line for line in found), (name, found)
 
 
 def test_overrides_by_name_and_number(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """Choosing tokens and turning them into text."""
 
 import dataclasses
+import math
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from growmoe.data.tokenizer import load_tokenizer
 from growmoe.errors import UsageError
 from growmoe.inference.detokenize import MOST_HELD, Detokenizer, TextStream
 from growmoe.inference.requests import Sampling
-from growmoe.inference.sampling import _candidates, choose, logprobs_of
+from growmoe.inference.sampling import _candidates, choose, logprobs_of, peaks
 
 
 def row(V: int, seed: int = 0, spread: float = 3.0) -> Tensor:
@@ -77,6 +78,28 @@ def test_frequencies_are_the_probabilities(sampling: Sampling) -> None:
         deviation = (probability * (1 - probability) / draws) ** 0.5
         assert abs(float(counts[token]) / draws - probability) <= 4 * deviation + 1e-9
     assert counts.sum() == counts[list(allowed(logits_V, sampling))].sum()
+
+
+def test_equal_scores_are_a_set_of_the_right_size() -> None:
+    """Twelve tokens in three groups of equal logits; the first ids of a group come first."""
+    logits_V = torch.tensor([0.0, 1.0, 2.0] * 4).repeat(20)  # more than the first guess
+    sampling = Sampling(temperature=1.0, top_p=0.8)
+    _, ids = _candidates(logits_V - 2.0, sampling)
+    total = float(logits_V.exp().sum())
+    twos = 80 * float(torch.tensor(2.0).exp())
+    ones = -(-(0.8 * total - twos) // float(torch.tensor(1.0).exp()))
+    right = [i for i in range(240) if i % 3 == 2]
+    right += [i for i in range(240) if i % 3 == 1][: int(ones)]
+    assert ids.tolist() == sorted(right)
+
+
+def test_peaks_find_what_is_not_finite() -> None:
+    rows = torch.stack([row(50), row(50, 1), row(50, 2), torch.full((50,), -torch.inf)])
+    rows[1, 7], rows[2, 9] = torch.nan, torch.inf
+    best, tokens = peaks(rows)
+    assert (tokens[0], tokens[2]) == (int(rows[0].argmax()), 9)
+    assert best[0] == float(rows[0].max())
+    assert [math.isfinite(value) for value in best] == [True, False, False, False]
 
 
 def test_one_draw_per_token() -> None:

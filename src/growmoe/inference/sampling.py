@@ -5,6 +5,7 @@ Letters: V vocabulary, S rows.
 
 import math
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -15,7 +16,12 @@ FIRST_GUESS = 64
 
 
 def peaks(logits_SV: Tensor) -> tuple[list[float], list[int]]:
-    """(largest logit, its token) of every row: one copy, wherever the logits are."""
+    """(largest logit, its token) of every row: one copy, wherever the logits are. A row with NaN
+    gives NaN."""
+    if logits_SV.device.type == "cpu":  # numpy's search is nine times as fast as torch's
+        rows = logits_SV.numpy()
+        tokens_S = rows.argmax(-1)
+        return rows[np.arange(len(rows)), tokens_S].tolist(), tokens_S.tolist()
     best_S, token_S = logits_SV.max(-1)
     best, tokens = torch.stack((best_S.double(), token_S.double())).tolist()
     return best, [int(token) for token in tokens]
@@ -28,12 +34,13 @@ def choose(
     number per call, unless the choice is greedy."""
     if seen_V is not None:
         p = sampling.repetition_penalty
-        lowered_V = torch.where(logits_V > 0, logits_V / p, logits_V * p)
-        logits_V = torch.where(seen_V, lowered_V, logits_V)
+        # of the two, the lower one is l / p for positive logits and l * p for negative ones
+        further = torch.minimum if p > 1 else torch.maximum
+        logits_V = torch.where(seen_V, further(logits_V / p, logits_V * p), logits_V)
     if sampling.greedy:
         return int(logits_V.argmax())
     scores, ids = _candidates((logits_V - logits_V.max()) / sampling.temperature, sampling)
-    reached = scores.double().exp().cumsum(0)
+    reached = scores.exp().cumsum(0, dtype=torch.float64)
     draw = torch.rand((), generator=rng, dtype=torch.float64) * reached[-1]
     place = min(int(torch.searchsorted(reached, draw, right=True)), len(reached) - 1)
     return place if ids is None else int(ids[place])
@@ -42,32 +49,48 @@ def choose(
 def _candidates(scores_V: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor | None]:
     """(scores, token ids) of the tokens that may be drawn; ids None: all, in order of ids. Scores
     are logits over temperature, the largest 0."""
-    V = len(scores_V)
     ids = None
-    if 0 < sampling.top_k < V:
+    if 0 < sampling.top_k < len(scores_V):
         scores_V, ids = scores_V.topk(sampling.top_k)
-    if sampling.top_p < 1:
-        enough = sampling.top_p * float(scores_V.double().exp().sum())
-        if ids is None:
-            scores_V, ids = _largest(scores_V, enough)
-        mass = scores_V.double().exp()
-        count = int((mass.cumsum(0) - mass < enough).sum())
-        scores_V, ids = scores_V[:count], ids[:count]
+        if sampling.top_p < 1:
+            count = _reaching(scores_V, sampling.top_p * float(scores_V.exp().sum()))
+            scores_V, ids = scores_V[:count], ids[:count]
+    elif sampling.top_p < 1:
+        ids = _top_p(scores_V, sampling.top_p)
+        scores_V = scores_V[ids]
     if sampling.min_p:
         likely = scores_V >= math.log(sampling.min_p)
         scores_V = torch.where(likely, scores_V, -torch.inf)
     return scores_V, ids
 
 
-def _largest(scores_V: Tensor, enough: float) -> tuple[Tensor, Tensor]:
-    """The largest scores with their ids, in order: so many that their mass reaches `enough`.
-    Whoever comes after them cannot belong to the smallest set that reaches it."""
-    V, width = len(scores_V), FIRST_GUESS
-    while True:
-        scores, ids = scores_V.topk(min(width, V))
-        if width >= V or float(scores.double().exp().sum()) >= enough:
-            return scores, ids
-        width *= 8
+def _top_p(scores_V: Tensor, top_p: float) -> Tensor:
+    """Ids of the smallest set of likeliest tokens with this part of the mass.
+
+    Mostly it is among the first few, which a partial selection finds: when their mass reaches it,
+    no later token belongs to the set. Otherwise the least score of the set is found among all.
+    """
+    enough = top_p * float(scores_V.exp().sum())
+    scores, ids = scores_V.topk(min(FIRST_GUESS, len(scores_V)))
+    count = _reaching(scores, enough)
+    if count < len(ids):
+        return ids[:count]
+    # values alone: numpy sorts them much faster than torch sorts values and places
+    ranked = torch.from_numpy(np.sort(scores_V.numpy())).flip(0)
+    count = _reaching(ranked, enough)
+    least = ranked[count - 1]
+    ids = torch.nonzero(scores_V >= least).flatten()
+    if len(ids) > count:  # of equal scores at the end, the first ids are in the set
+        equal = torch.nonzero(scores_V == least).flatten()[count - len(ids) :]
+        ids = ids[~torch.isin(ids, equal)]
+    return ids
+
+
+def _reaching(ranked: Tensor, enough: float) -> int:
+    """How many of the scores, largest first, it takes until their mass is `enough`."""
+    mass = ranked.exp()
+    before = mass.cumsum(0, dtype=torch.float64) - mass
+    return int((before < enough).sum())
 
 
 def logprobs_of(logits_V: Tensor, token: int, top: int) -> Logprobs:

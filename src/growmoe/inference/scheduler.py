@@ -124,10 +124,8 @@ class Scheduler:
         sequence.table += [self.pool.allocate() for _ in range(needed)]
         sequence.computed = (len(sequence.table) - needed) * BLOCK
         sequence.indexed = sequence.computed // BLOCK
-        if not sequence.generated:
-            sequence.request.cached_tokens = max(
-                sequence.request.cached_tokens, sequence.computed
-            )  # fmt: skip
+        if sequence.request.started is None:
+            sequence.request.cached_tokens = sequence.computed
         self.waiting.pop(0)
         self.run(sequence)
         return True
