@@ -201,10 +201,7 @@ def test_attention(dtype: torch.dtype, window: int | None, H: int, G: int, C: in
                 spans = [Span(start, n, tables[s][: -(-(start + n) // 16)]) for s, start, n in step]
                 batch = PagedBatch(cache, spans)
                 rows = torch.cat([qkv[s][start : start + n] for s, start, n in step])
-                ragged = native.Ragged(
-                    batch.starts_S, batch.counts_S, batch.rows_S1, batch.tables_SM
-                )
-                y = native.attention(rows, None, cache.keys[0], cache.values[0], ragged, shape)
+                y = native.attention(rows, None, cache.keys[0], cache.values[0], batch, shape)
                 for (s, _, _), part in zip(step, y.split([n for _, _, n in step])):
                     found[s].append(part)
         return [torch.cat(parts) for parts in found]
@@ -284,6 +281,12 @@ def test_packed_models(name: str) -> None:
         assert ((whole - expected).abs().max() / scale) < 2e-5
         for chunk in (1, 17):
             assert torch.equal(through_pages(model, ids, torch.float32, chunk), whole)
+        # one call a layer is a saving, not another computation
+        fused = [block.layer is not None for block in model.layers]
+        assert all(fused) is (source.config.norm == "rms" and "over all" not in name)
+        for block in model.layers:
+            block.layer = None
+        assert torch.equal(through_pages(model, ids, torch.float32, 17), whole)
 
 
 @pytest.mark.parametrize("form", ["bfloat16", "int8", "int4"])

@@ -9,7 +9,7 @@ token.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import Protocol, TypeGuard, cast
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +19,7 @@ from growmoe.models.checkpoint import Source
 from growmoe.models.config import ModelConfig
 from growmoe.models.moe import MLP
 from growmoe.models.router import Routing
-from growmoe.models.transformer import Transformer
+from growmoe.models.transformer import Block, Transformer
 from growmoe.ops import native
 from growmoe.ops.native import Form, Packed
 from growmoe.ops.quantized import BITS, stored_or_made
@@ -27,19 +27,20 @@ from growmoe.ops.quantized import BITS, stored_or_made
 Join = Callable[..., Tensor]
 
 
-class RaggedCache(Protocol):
+class RaggedCache(native.Ragged, Protocol):
     """What the native attention needs of a cache: see `paged.PagedBatch`."""
 
     cache: "_Blocks"
-    starts_S: Tensor
-    counts_S: Tensor
-    rows_S1: Tensor
-    tables_SM: Tensor
 
 
 class _Blocks(Protocol):
     keys: list[Tensor]
     values: list[Tensor]
+
+
+def is_ragged(cache: object) -> TypeGuard[RaggedCache]:
+    """Whether keys and values lie in blocks, which the native attention reads."""
+    return hasattr(cache, "tables_SM")
 
 
 class Reader:
@@ -101,6 +102,7 @@ def build_packed(source: Source, form: Form) -> Transformer:
             exchange(block, moe=PackedMoE(config, layer, read), mlp=None)
         else:
             exchange(block, mlp=PackedMLP(config, read.expert(config, f"{place}.mlp")))
+        model.layers[layer] = PackedBlock(cast(Block, block))
     head = "embed" if config.tied_head else "head"
     exchange(
         model,
@@ -194,13 +196,11 @@ class PackedAttention(nn.Module):
         qkv_BTX = self.qkv(x_BTD)
         if self.over_all:
             self._norm_all(qkv_BTX)
-        ragged = getattr(cache, "cache", None)
-        if ragged is None:
+        if not is_ragged(cache):
             return self.o(self._plain(qkv_BTX, rotary, cache, real_BS))
-        batch: RaggedCache = cache  # type: ignore[assignment]
+        blocks = cache.cache
         y_TX = native.attention(
-            qkv_BTX[0], rotary, ragged.keys[self.layer], ragged.values[self.layer],
-            native.Ragged(batch.starts_S, batch.counts_S, batch.rows_S1, batch.tables_SM),
+            qkv_BTX[0], rotary, blocks.keys[self.layer], blocks.values[self.layer], cache,
             self.shape,
         )  # fmt: skip
         return self.o(y_TX[None])
@@ -283,12 +283,52 @@ class PackedMoE(nn.Module):
         x_TD = x_BTD.reshape(-1, self.hidden)
         routed = native.route(x_TD, self.router)
         y_TD = native.experts(x_TD, routed.chosen_TK, routed.shares_TK, self.table, self.hidden)
-        return y_TD.view_as(x_BTD), self._routing(routed, len(x_BTD)) if self.observe else None
+        return y_TD.view_as(x_BTD), self.observed(routed, len(x_BTD)) if self.observe else None
 
-    def _routing(self, routed: native.Routed, sequences: int) -> Routing:
+    def observed(self, routed: native.Routed, sequences: int) -> Routing:
+        """What the router decided, as the model tells it."""
         experts_TK = routed.chosen_TK[:, : self.moe.top_k].long()
         counts_E = torch.bincount(experts_TK.flatten(), minlength=self.count)
         return Routing(
             routed.logits_TE, routed.scores_TE, experts_TK,
             routed.shares_TK[:, : self.moe.top_k], counts_E, counts_E, self.moe.scoring, sequences,
         )  # fmt: skip
+
+
+class PackedBlock(nn.Module):
+    """A block of packed modules; over a ragged cache it runs as one native call where norms are RMS
+    norms (and those of queries and keys go over single heads), which changes no bit."""
+
+    def __init__(self, block: Block) -> None:
+        super().__init__()
+        self.block = block
+        self.layer: native.Layer | None = None
+        attn, norms, ffn = block.attn, (block.attn_norm, block.mlp_norm), block.moe or block.mlp
+        assert isinstance(attn, PackedAttention)
+        assert isinstance(ffn, PackedMoE | PackedMLP)
+        if all(isinstance(norm, PackedNorm) for norm in norms) and not attn.over_all:
+            router = ffn.router if isinstance(ffn, PackedMoE) else None
+            weights_D = (norms[0].weight_D, norms[1].weight_D)
+            self.layer = native.Layer(
+                weights_D, attn.qkv.packed, attn.o.packed, attn.shape, router, ffn.table
+            )
+
+    @property
+    def moe(self) -> "PackedMoE | None":
+        """The mixture of experts inside, if any."""
+        found = self.block.moe
+        return found if isinstance(found, PackedMoE) else None
+
+    def forward(
+        self, x_BTD: Tensor, rotary: Tensor | None, cache: Cache | None,
+        real_BS: Tensor | None = None,
+    ) -> tuple[Tensor, Routing | None]:  # fmt: skip
+        """As `models.transformer.Block`."""
+        if self.layer is None or not is_ragged(cache):
+            return self.block(x_BTD, rotary, cache, real_BS)
+        keys, values = cache.cache.keys, cache.cache.values
+        index = self.block.attn.layer
+        y_TD, routed = self.layer.run(x_BTD[0], rotary, keys[index], values[index], cache)
+        moe = self.moe
+        observed = moe.observed(routed, 1) if moe and moe.observe and routed else None
+        return y_TD[None], observed

@@ -35,6 +35,7 @@ struct gm_experts_call {
   const float* shares;    // [tokens, top_k]
   const gm_expert* const* experts;  // [count]
   int32_t tokens, top_k, count, activation;
+  int32_t add, reserved;  // whether y is added to
 };
 
 // How a fixed expert (a residual or shared one, the last of the layer) shares with the routed ones.
@@ -69,6 +70,21 @@ struct gm_attention_call {
   float norm_eps;
 };
 
+// A whole layer: x + attention(norm(x)), then x + experts(norm(x)). The calls inside hold what does
+// not change; their x, y, qkv, tokens, chosen and shares are set here.
+struct gm_layer_call {
+  const float* x;  // [tokens, hidden]
+  float* y;
+  const float *attn_norm, *mlp_norm;  // [hidden]
+  const gm_weight *qkv, *o;
+  gm_attention_call attention;
+  gm_router_call router;  // no router: every token has expert 0
+  gm_experts_call experts;
+  int32_t tokens, hidden;
+  float norm_eps;
+  int32_t reserved;
+};
+
 // 0 baseline, 1 AVX2, 2 AVX-512, 3 AVX-512 with BF16
 int32_t gm_best_level();
 int32_t gm_level();
@@ -87,6 +103,7 @@ int32_t gm_rms_norm(const float* x, const float* weight, float* y, int32_t token
 int32_t gm_route(const gm_router_call* call, int32_t threads);
 int32_t gm_experts(const gm_experts_call* call, int32_t threads);
 int32_t gm_attention(const gm_attention_call* call, int32_t threads);
+int32_t gm_layer(const gm_layer_call* call, int32_t threads);
 
 double gm_read_bandwidth(const void* memory, int64_t bytes, int32_t threads);  // bytes per second
 }

@@ -168,6 +168,11 @@ int32_t gm_attention(const gm_attention_call* call, int32_t threads) {
   return kernels().attention(call, threads);
 }
 
+int32_t gm_layer(const gm_layer_call* call, int32_t threads) {
+  Alone alone;
+  return kernels().layer(call, threads);
+}
+
 double gm_read_bandwidth(const void* memory, int64_t bytes, int32_t threads) {
   Alone alone;
   return kernels().bandwidth(memory, bytes, threads);

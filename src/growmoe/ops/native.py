@@ -12,7 +12,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -48,6 +48,7 @@ class _ExpertsCall(ctypes.Structure):
         ("x", _Pointer), ("x_stride", _Long), ("y", _Pointer), ("chosen", _Pointer),
         ("shares", _Pointer), ("experts", _Pointer),
         ("tokens", _Int), ("top_k", _Int), ("count", _Int), ("activation", _Int),
+        ("add", _Int), ("reserved", _Int),
     )  # fmt: skip
 
 
@@ -68,6 +69,15 @@ class _AttentionCall(ctypes.Structure):
         ("spans", _Int), ("table_stride", _Int), ("heads", _Int), ("kv_heads", _Int),
         ("head_dim", _Int), ("bfloat16_cache", _Int), ("window", _Int), ("reserved", _Int),
         ("norm_eps", ctypes.c_float),
+    )  # fmt: skip
+
+
+class _LayerCall(ctypes.Structure):
+    _fields_ = (
+        ("x", _Pointer), ("y", _Pointer), ("attn_norm", _Pointer), ("mlp_norm", _Pointer),
+        ("qkv", _Pointer), ("o", _Pointer), ("attention", _AttentionCall),
+        ("router", _RouterCall), ("experts", _ExpertsCall), ("tokens", _Int), ("hidden", _Int),
+        ("norm_eps", ctypes.c_float), ("reserved", _Int),
     )  # fmt: skip
 
 
@@ -93,7 +103,7 @@ def _library() -> ctypes.CDLL | None:
     library.gm_rms_norm.argtypes = (
         _Pointer, _Pointer, _Pointer, _Int, _Int, ctypes.c_float, _Int
     )  # fmt: skip
-    for name in ("gm_route", "gm_experts", "gm_attention"):
+    for name in ("gm_route", "gm_experts", "gm_attention", "gm_layer"):
         getattr(library, name).argtypes = (_Pointer, _Int)
     library.gm_read_bandwidth.argtypes = (_Pointer, _Long, _Int)
     library.gm_read_bandwidth.restype = ctypes.c_double
@@ -271,7 +281,7 @@ def experts(
     call = _ExpertsCall(
         x_TD.data_ptr(), x_TD.stride(0), y_TD.data_ptr(), chosen_TK.data_ptr(),
         shares_TK.data_ptr(), ctypes.addressof(table.pointers), T, K, len(table.experts),
-        table.activation,
+        table.activation, 0, 0,
     )  # fmt: skip
     _check(_loaded().gm_experts(ctypes.byref(call), torch.get_num_threads()))
     return y_TD
@@ -305,22 +315,35 @@ class PackedRouter:
 
 def route(x_TD: Tensor, router: PackedRouter) -> Routed:
     """Top-k routing of contiguous float32 rows, and the fixed expert's share."""
-    T, E = x_TD.shape[0], router.weight.outputs
-    wide = router.top_k + (router.mix != "none")
-    routed = Routed(
+    routed, call = _room(x_TD.shape[0], router), _RouterCall()
+    _describe(call, router)
+    _point(call, routed)
+    call.x, call.tokens = x_TD.data_ptr(), x_TD.shape[0]
+    _check(_loaded().gm_route(ctypes.byref(call), torch.get_num_threads()))
+    return routed
+
+
+def _room(T: int, router: PackedRouter) -> Routed:
+    E, wide = router.weight.outputs, router.top_k + (router.mix != "none")
+    return Routed(
         torch.empty(T, E), torch.empty(T, E), torch.empty(T, wide, dtype=torch.int32),
         torch.empty(T, wide),
     )  # fmt: skip
-    bias = None if router.bias_E is None else router.bias_E.data_ptr()
-    mix = None if router.mix_weight is None else ctypes.addressof(router.mix_weight.call)
-    call = _RouterCall(
-        x_TD.data_ptr(), ctypes.addressof(router.weight.call), bias, routed.logits_TE.data_ptr(),
-        routed.scores_TE.data_ptr(), mix, routed.chosen_TK.data_ptr(),
-        routed.shares_TK.data_ptr(), T, router.top_k, int(router.sigmoid),
-        int(router.renormalize), _MIXES.index(router.mix), router.groups, router.top_groups, 0,
+
+
+def _describe(call: _RouterCall, router: PackedRouter) -> None:
+    call.router = ctypes.addressof(router.weight.call)
+    call.bias = None if router.bias_E is None else router.bias_E.data_ptr()
+    call.mix = None if router.mix_weight is None else ctypes.addressof(router.mix_weight.call)
+    call.top_k, call.sigmoid, call.renormalize = router.top_k, router.sigmoid, router.renormalize
+    call.mixing, call.groups, call.top_groups = (
+        _MIXES.index(router.mix), router.groups, router.top_groups
     )  # fmt: skip
-    _check(_loaded().gm_route(ctypes.byref(call), torch.get_num_threads()))
-    return routed
+
+
+def _point(call: _RouterCall, routed: Routed) -> None:
+    call.logits, call.scores = routed.logits_TE.data_ptr(), routed.scores_TE.data_ptr()
+    call.chosen, call.shares = routed.chosen_TK.data_ptr(), routed.shares_TK.data_ptr()
 
 
 @dataclass(frozen=True)
@@ -336,8 +359,7 @@ class AttentionShape:
     norm_eps: float = 0.0
 
 
-@dataclass(frozen=True)
-class Ragged:
+class Ragged(Protocol):
     """A step of several sequences: int32 tensors as `inference.paged.PagedBatch` holds them."""
 
     starts_S: Tensor
@@ -370,3 +392,52 @@ def attention(
     )  # fmt: skip
     _check(_loaded().gm_attention(ctypes.byref(call), torch.get_num_threads()))
     return y_TX
+
+
+class Layer:
+    """A whole block with RMS norms in one call; holds what the call points to."""
+
+    def __init__(
+        self, norms_D: tuple[Tensor, Tensor], qkv: Packed, o: Packed, shape: AttentionShape,
+        router: PackedRouter | None, table: ExpertTable,
+    ) -> None:  # fmt: skip
+        self.held = (norms_D, qkv, o, shape, router, table)
+        self.router = router
+        call = self.call = _LayerCall()
+        call.attn_norm, call.mlp_norm = (norm.data_ptr() for norm in norms_D)
+        call.qkv, call.o = ctypes.addressof(qkv.call), ctypes.addressof(o.call)
+        call.hidden, call.norm_eps = o.outputs, shape.norm_eps
+        attention = call.attention
+        attention.heads, attention.kv_heads = shape.heads, shape.kv_heads
+        attention.head_dim, attention.window = shape.head_dim, shape.window
+        attention.norm_eps = shape.norm_eps
+        attention.q_norm, attention.k_norm = (
+            None if n is None else n.data_ptr() for n in (shape.q_norm_C, shape.k_norm_C)
+        )
+        call.experts.experts = ctypes.addressof(table.pointers)
+        call.experts.count, call.experts.activation = len(table.experts), table.activation
+        if router is not None:
+            _describe(call.router, router)
+
+    def run(
+        self, x_TD: Tensor, rotary_2TC: Tensor | None, keys: Tensor, values: Tensor, ragged: Ragged
+    ) -> tuple[Tensor, Routed | None]:
+        """The new residual stream [T,D], and what the router decided."""
+        T, call = x_TD.shape[0], self.call
+        y_TD = torch.empty_like(x_TD)
+        call.x, call.y, call.tokens = x_TD.data_ptr(), y_TD.data_ptr(), T
+        attention = call.attention
+        if rotary_2TC is not None:
+            start = rotary_2TC.data_ptr()
+            attention.cosines, attention.sines = start, start + rotary_2TC.stride(0) * 4
+        attention.keys, attention.values = keys.data_ptr(), values.data_ptr()
+        attention.bfloat16_cache = keys.dtype is torch.bfloat16
+        attention.starts, attention.counts = ragged.starts_S.data_ptr(), ragged.counts_S.data_ptr()
+        attention.rows, attention.tables = ragged.rows_S1.data_ptr(), ragged.tables_SM.data_ptr()
+        attention.spans, attention.table_stride = ragged.tables_SM.shape
+        routed = None
+        if self.router is not None:
+            routed = _room(T, self.router)
+            _point(call.router, routed)
+        _check(_loaded().gm_layer(ctypes.byref(call), torch.get_num_threads()))
+        return y_TD, routed
