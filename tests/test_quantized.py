@@ -123,6 +123,25 @@ def test_a_constant_row_keeps_its_value(value: float, bits: int) -> None:
 
 
 @pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("power", [-110, -60, 60, 110])
+def test_integers_do_not_depend_on_the_size_of_weights(bits: int, power: int) -> None:
+    """The squares of such weights are no float32."""
+    w = normal(20, 64)
+    assert torch.equal(quantize(w * 2.0**power, bits).values_NK, quantize(w, bits).values_NK)
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_scales_below_the_normal_numbers_are_zero(bits: int) -> None:
+    """Some processors take such numbers for 0."""
+    w = torch.ones(3, 64) * RANGES[bits][1] * TINY * 0.4
+    w[:, 32:] *= 10
+    q = quantize(w, bits)
+    assert not q.scales_NG[:, 0].any()
+    assert not q.values_NK[:, :32].any()
+    assert (q.scales_NG[:, 1].abs() >= TINY).all()
+
+
+@pytest.mark.parametrize("bits", [8, 4])
 def test_zeros_stay_zeros(bits: int) -> None:
     q = quantize(torch.zeros(3, 70), bits)
     assert not q.values_NK.any()

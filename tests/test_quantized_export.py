@@ -109,8 +109,10 @@ def test_files_are_those_of_compressed_tensors(mixtral: Path, int8: Path, int4: 
 
 
 def test_every_tensor_begins_at_a_multiple_of_its_elements(int4: Path) -> None:
-    """Else the library of safetensors cannot map them (scales may have an odd number)."""
-    source = write_tiny(int4.parent / "odd", **{**EVEN, "hidden_size": 32}, vocab_size=33)
+    """Else the library of safetensors cannot map them (6 scales of 2 bytes are followed by numbers
+    of 8)."""
+    shape = {**EVEN, "hidden_size": 32, "num_heads": 48, "num_kv_heads": 3, "head_dim": 2}
+    source = write_tiny(int4.parent / "odd", **shape, vocab_size=33)
     assert growmoe("export", source, int4.parent / "odd4", "--quantize", "int4").code == 0
     data = (int4.parent / "odd4" / "model.safetensors").read_bytes()
     header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])

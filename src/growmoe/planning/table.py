@@ -69,7 +69,7 @@ def _tensor_lines(rows: list[dict[str, Any]]) -> list[str]:
 def _recipe_lines(stages: list[dict[str, Any]]) -> list[str]:
     lines = [
         f"{'stage':<10}{'name':<14}{'family':<11}{'params':>9}{'active':>9}{'FLOPs/tok':>10}"
-        f"{'bf16 B':>9}{'tokens':>9}{'FLOPs':>9}"
+        f"{'bytes':>9}{'tokens':>9}{'FLOPs':>9}"
     ]
     for row in stages:
         keys = ("params_total", "params_active", "flops_per_token", "bytes", "tokens", "flops")
