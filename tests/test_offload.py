@@ -7,8 +7,8 @@ import subprocess
 import sys
 import threading
 from collections import OrderedDict
-from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,15 +16,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from conftest import InMemory, tiny_model
+from conftest import InMemory, tiny_config, tiny_model
 from growmoe.errors import GrowmoeError, UsageError
 from growmoe.inference import scratch
 from growmoe.inference.offload import ExpertStore, Field, Record
-from growmoe.inference.offloaded import build_offloaded, plain_record
+from growmoe.inference.offloaded import Offload, PackedRecord
+from growmoe.inference.packing import build_packed
 from growmoe.inference.scratch import Scratch
 from growmoe.models.attention import Cache
 from growmoe.models.config import MoEConfig
 from growmoe.models.transformer import Transformer
+from growmoe.ops import native
 
 RECORD = Record([Field("a", torch.float32, (3,)), Field("b", torch.int8, (5,))])
 EXPERTS = (4, 0, 8, 6)
@@ -44,15 +46,22 @@ def contents(layer: int, expert: int) -> dict[str, Tensor]:
     }
 
 
-def filled(slots: int, folder: Path | None = None) -> ExpertStore:
-    store = ExpertStore(RECORD, EXPERTS, slots, folder)
+def as_they_are(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return tensors
+
+
+Store = ExpertStore[dict[str, Tensor]]
+
+
+def filled(slots: int, folder: Path | None = None) -> Store:
+    store = ExpertStore(RECORD, EXPERTS, slots, as_they_are, folder)
     for layer, expert in PLACES:
         store.put(layer, expert, contents(layer, expert))
     store.seal()
     return store
 
 
-def taken(store: ExpertStore, layer: int, experts: list[int]) -> list[int]:
+def taken(store: Store, layer: int, experts: list[int]) -> list[int]:
     """Experts in the order they came, their contents checked."""
     came = []
     with store.request(layer, experts) as request:
@@ -67,7 +76,7 @@ def taken(store: ExpertStore, layer: int, experts: list[int]) -> list[int]:
     return came
 
 
-def idle(store: ExpertStore) -> bool:
+def idle(store: Store) -> bool:
     """Nothing is pinned, waiting or lost: every slot is free or holds an expert."""
     with store._changed:
         assert all(slot.pins == 0 for slot in store.slots)
@@ -145,7 +154,7 @@ def test_what_is_in_use_is_never_evicted() -> None:
         assert idle(store)
 
 
-def wait_for(store: ExpertStore, prefetched: int) -> None:
+def wait_for(store: Store, prefetched: int) -> None:
     """Until the thread has read that many ahead."""
     with store._changed:
         assert store._changed.wait_for(
@@ -191,7 +200,13 @@ def test_many_threads_share_a_small_store() -> None:
                 for _ in range(60):
                     layer = rng.choice([0, 2, 3])
                     store.prefetch(layer, [rng.randrange(EXPERTS[layer])])
-                    taken(store, layer, rng.sample(range(EXPERTS[layer]), rng.randint(1, 4)))
+                    experts = rng.sample(range(EXPERTS[layer]), rng.randint(1, 4))
+                    if len(experts) > 3 or rng.random() < 0.5:
+                        taken(store, layer, experts)
+                        continue
+                    with store.request(layer, experts, whole=True) as request:
+                        for expert, tensors in request.all():
+                            assert torch.equal(tensors["a"], contents(layer, expert)["a"])
             except BaseException as problem:
                 problems.append(problem)
 
@@ -240,7 +255,7 @@ def test_a_failed_read_fails_its_request_and_no_other() -> None:
         assert _settled(store)
 
 
-def _settled(store: ExpertStore) -> bool:
+def _settled(store: Store) -> bool:
     with store._changed:
         done = store._changed.wait_for(
             lambda: not store._queue and all(s.ready for s in store._place.values()), timeout=30
@@ -323,7 +338,7 @@ def test_a_full_disk_is_one_sentence_before_anything_is_written(
 
     monkeypatch.setattr(os, "posix_fallocate", full)
     with pytest.raises(GrowmoeError, match=r"experts on disk need 72.0 KiB in .*No space left"):
-        ExpertStore(RECORD, EXPERTS, 2, tmp_path)
+        ExpertStore(RECORD, EXPERTS, 2, as_they_are, tmp_path)
     monkeypatch.undo()
     file = Scratch(64, 2, tmp_path)
     monkeypatch.setattr(os, "pwrite", full)
@@ -362,18 +377,17 @@ MEMORY = scratch.in_memory
 
 # ---- models ----
 
-MODELS = {
+FIXED = {"ffn_size": 20, "fixed_ffn_size": 30}
+MODELS: dict[str, dict[str, Any]] = {
     "moe": {"moe": MoEConfig(experts=(4, 6, 4), top_k=2, ffn_size=20)},
-    "pr-moe": {
-        "moe": MoEConfig(
-            experts=(0, 4, 8), top_k=2, ffn_size=20, mix="softmax2", fixed_ffn_size=30
-        )
-    },
+    "pr-moe": {"moe": MoEConfig(experts=(0, 4, 8), top_k=2, mix="softmax2", **FIXED)},
+    "shared": {"moe": MoEConfig(experts=(8, 4, 4), top_k=3, mix="sum", **FIXED)},
     "biases": {
         "activation": "gelu", "mlp_bias": True, "norm": "layer", "positions": "learned",
-        "moe": MoEConfig(experts=(4, 0, 6), top_k=1, ffn_size=20, mix="none"),
+        "moe": MoEConfig(experts=(4, 0, 6), top_k=1, ffn_size=20),
     },
 }  # fmt: skip
+needs_kernels = pytest.mark.skipif(not native.available(), reason="the native kernels are missing")
 
 
 @torch.inference_mode()
@@ -388,38 +402,67 @@ def greedy(model: Transformer) -> tuple[list[int], Tensor]:
     return [int(step[-1].argmax()) for step in logits], torch.cat(logits)
 
 
-@pytest.fixture(params=sorted(MODELS))
-def model(request: pytest.FixtureRequest) -> Iterator[Transformer]:
-    return tiny_model(3, **MODELS[request.param])
-
-
-@pytest.mark.parametrize("prefetch", [False, True])
-def test_results_are_the_same_bits_with_any_budget(model: Transformer, prefetch: bool) -> None:
-    tokens, logits = greedy(model)
+@needs_kernels
+@pytest.mark.parametrize("form", native.FORMS)
+@pytest.mark.parametrize("name", sorted(MODELS))
+def test_results_are_the_same_bits_with_any_budget(name: str, form: native.Form) -> None:
+    model = tiny_model(3, **MODELS[name])
     moe = model.config.moe
     assert moe is not None
-    record = plain_record(model.config, torch.float32)
-    for slots in sorted({moe.top_k, moe.top_k + 1, 5, sum(moe.experts) - 1, sum(moe.experts)}):
-        with ExpertStore(record, moe.experts, slots) as store:
-            offloaded = build_offloaded(InMemory(model), store, prefetch=prefetch)
-            assert not any("experts" in name for name, _ in offloaded.named_parameters())
-            found_tokens, found = greedy(offloaded)
+    tokens, logits = greedy(build_packed(InMemory(model), form))
+    each = PackedRecord(model.config, form).record.nbytes
+    count = sum(moe.experts)
+    for prefetch in (False, True):
+        for slots in sorted({moe.top_k, moe.top_k + 1, 5, count - 1, count}):
+            offload = Offload(model.config, form, slots * each, prefetch=prefetch)
+            with offload.store as store:
+                found_tokens, found = greedy(build_packed(InMemory(model), form, offload))
             assert torch.equal(found, logits)
             assert found_tokens == tokens
-            stats = store.stats
-            assert (stats.misses + stats.prefetched > 0) == (slots < sum(moe.experts))
-            if not prefetch:
-                assert stats.prefetched == 0
+            assert len(store.slots) == slots
+            assert (store.stats.misses + store.stats.prefetched > 0) == (slots < count)
+            assert prefetch or not store.stats.prefetched
 
 
+@needs_kernels
+def test_predictions_are_what_the_next_router_says() -> None:
+    model = tiny_model(3, **MODELS["moe"])
+    offload = Offload(model.config, "float32", 1 << 30)
+    with offload.store as store:
+        built = build_packed(InMemory(model), "float32", offload)
+        asked: list[tuple[int, list[int]]] = []
+        store.prefetch = lambda layer, experts: asked.append((layer, list(experts)))  # type: ignore[method-assign]
+        inputs: list[Tensor] = []
+        for block in built.layers:
+            block.moe.register_forward_pre_hook(lambda _, args: inputs.append(args[0][0]))  # type: ignore[union-attr]
+        with torch.no_grad():
+            built(torch.tensor([[5]]))
+    assert [layer for layer, _ in asked] == [1, 2]
+    for (layer, experts), x_TD in zip(asked, inputs):
+        router_ED = model.layers[layer].moe.router.weight.detach()  # type: ignore[union-attr]
+        best = (x_TD @ router_ED.t())[0].topk(2).indices.tolist()
+        assert sorted(experts) == sorted(best)
+
+
+@needs_kernels
 def test_a_read_that_fails_in_a_model_is_one_sentence_and_the_model_goes_on() -> None:
     model = tiny_model(3, **MODELS["moe"])
-    _, logits = greedy(model)
-    with ExpertStore(plain_record(model.config, torch.float32), (4, 6, 4), 2) as store:
-        offloaded = build_offloaded(InMemory(model), store)
+    _, logits = greedy(build_packed(InMemory(model), "int8"))
+    offload = Offload(model.config, "int8", 2 * PackedRecord(model.config, "int8").record.nbytes)
+    with offload.store as store:
+        built = build_packed(InMemory(model), "int8", offload)
         bad = set(range(14))
         store._scratch = Broken(store._scratch, bad)  # type: ignore[assignment,arg-type]
         with pytest.raises(GrowmoeError, match="cannot be read back"):
-            greedy(offloaded)
+            greedy(built)
         bad.clear()
-        assert torch.equal(greedy(offloaded)[1], logits)
+        assert torch.equal(greedy(built)[1], logits)
+
+
+@needs_kernels
+def test_a_budget_below_one_tokens_experts_is_refused() -> None:
+    config = tiny_model(**MODELS["moe"]).config
+    with pytest.raises(UsageError, match=r"hold 1 experts of .* visits 2 at a time; give at least"):
+        Offload(config, "int4", 2 * PackedRecord(config, "int4").record.nbytes - 1)
+    with pytest.raises(UsageError, match="dense"):
+        Offload(tiny_config(), "int4", 1 << 30)

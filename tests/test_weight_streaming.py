@@ -1,17 +1,30 @@
 """Weights that pass through mapped pages: as read, checked as well, and gone afterwards."""
 
+import gc
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 
-from conftest import tiny_model, write_tiny
+from conftest import InMemory, tiny_model, write_tiny
 from growmoe.errors import GrowmoeError
-from growmoe.models.checkpoint import build_model, open_source, save_model
-from growmoe.models.config import tensor_shapes
+from growmoe.inference.packing import build_packed
+from growmoe.inference.prepacked import build_prepacked
+from growmoe.models import safetensors_io
+from growmoe.models.checkpoint import Source, open_source, save_model, write_model
+from growmoe.models.config import MoEConfig, tensor_shapes
 from growmoe.models.safetensors_io import TensorFile, is_finite
+from growmoe.models.transformer import Transformer
+from growmoe.ops import native
+from growmoe.ops.native import FORMS, Form
+
+
+@pytest.fixture(autouse=True)
+def _small_tensors_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(safetensors_io, "_WORTH_MAPPING", 1)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
@@ -24,16 +37,28 @@ def test_mapped_weights_are_those_that_reading_gives(tmp_path: Path, dtype: str)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="asks Linux what is mapped")
-def test_nothing_of_the_files_stays_mapped_in_a_model(tmp_path: Path) -> None:
-    write_tiny(tmp_path / "m")
-    shard = str((tmp_path / "m" / "model.safetensors").resolve())
-    mapped = open_source(tmp_path / "m", mapped=True)
-    passing = mapped.load("embed.weight")
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("build", [build_packed, build_prepacked])
+@pytest.mark.parametrize("stored", ["float32", "bfloat16", "int8"])
+def test_nothing_of_the_files_stays_mapped_in_a_model(
+    tmp_path: Path, form: Form, build: Callable[[Source, Form], Transformer], stored: str
+) -> None:
+    if build is build_packed and not native.available():
+        pytest.skip("the native kernels are missing")
+    moe = MoEConfig(experts=(0, 4, 4), top_k=2, ffn_size=20, mix="softmax2", fixed_ffn_size=30)
+    model = InMemory(tiny_model(moe=moe, mlp_bias=True))
+    quantized = "int8" if stored == "int8" else None
+    dtype = "bfloat16" if quantized else stored
+    write_model(tmp_path, model.config, model.load, dtype, form=quantized)
+    shard = str((tmp_path / "model.safetensors").resolve())
+    source = open_source(tmp_path, mapped=True)
+    passing = source.load("embed.weight")
     assert shard in Path("/proc/self/maps").read_text()
     del passing
-    model = build_model(mapped)
+    built = build(source, form)
+    gc.collect()
     assert shard not in Path("/proc/self/maps").read_text()
-    assert model.embed.weight.isfinite().all()
+    assert built(torch.tensor([[5]])).logits.isfinite().all()
 
 
 def test_writing_into_a_mapped_tensor_leaves_the_file(tmp_path: Path) -> None:

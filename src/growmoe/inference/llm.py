@@ -21,7 +21,7 @@ from growmoe.inference.requests import (
     Timing,
 )  # fmt: skip
 from growmoe.models.config import ModelConfig
-from growmoe.models.footprint import Wanted, admit
+from growmoe.models.footprint import Wanted, admit, parse_size
 
 KV_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 Prompt = str | list[int]
@@ -33,9 +33,12 @@ class LLM:
     `kv_dtype` (default: float32 for form float32, else bfloat16) and `kv_gb` (default: most of
     the memory that the weights leave) say how keys and values are kept; memory is taken as it is
     used, and never more than `max_sequences` whole contexts need. A step computes at most
-    `step_tokens` tokens of at most `max_sequences` texts. Raises UsageError before a weight is read
-    when that does not fit; `footprint` says what it takes, `load_report` how long loading took.
-    On `device` cuda, steps in which every text gets one token are CUDA graphs.
+    `step_tokens` tokens of at most `max_sequences` texts. With `expert_memory` (bytes, or a text
+    like 4G) at most so much of the routed experts is in memory, and the rest on disk. On `device`
+    cuda, steps in which every text gets one token are CUDA graphs.
+
+    Raises UsageError before a weight is read when that does not fit; `footprint` says what it
+    takes, `load_report` how long loading took, `expert_statistics` how experts were found.
     """
 
     def __init__(
@@ -49,6 +52,7 @@ class LLM:
         step_tokens: int = 512,
         prefix_reuse: bool = True,
         device: str = "cpu",
+        expert_memory: int | str | None = None,
     ) -> None:
         if device not in ("cpu", "cuda"):
             raise UsageError(f"device '{device}' is not one of cpu, cuda")
@@ -61,8 +65,11 @@ class LLM:
         wanted = Wanted(
             kv_dtype=kv_name(dtype), step_tokens=step_tokens, max_sequences=max_sequences,
             kv_gb=kv_gb, loaded=isinstance(path, Loaded),
+            expert_memory=None if expert_memory is None else parse_size(str(expert_memory)),
         )  # fmt: skip
         if isinstance(path, Loaded):
+            if expert_memory is not None:
+                raise UsageError("expert_memory is for models that are loaded here")
             loaded = path
             found = admit(loaded.model.config, wanted, free_on(device), loaded.name)
         else:
@@ -72,6 +79,7 @@ class LLM:
         self.name, self.tokenizer = loaded.name, loaded.tokenizer
         self.config: ModelConfig = loaded.model.config
         self.footprint, self.load_report = found, loaded.report
+        self._experts = loaded.experts
         blocks = found.kv_blocks
         # one block more than the engine knows of: padding rows of a GPU's steps live there
         cache = PagedCache(self.config, blocks + 1, dtype, device)
@@ -82,6 +90,16 @@ class LLM:
             prefix_reuse=prefix_reuse,
         )  # fmt: skip
         self._inbox: dict[int, deque[Output]] = {}
+
+    def expert_statistics(self) -> dict[str, float] | None:
+        """How often experts were found in memory, and what reading took; None where none is on
+        disk."""
+        return None if self._experts is None else self._experts.store.stats.report()
+
+    def close(self) -> None:
+        """Free the experts on disk now, not when this is garbage."""
+        if self._experts is not None:
+            self._experts.store.close()
 
     def encode(self, prompt: Prompt) -> list[int]:
         """Token ids of a text; ids pass through."""

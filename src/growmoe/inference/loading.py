@@ -13,6 +13,7 @@ from tokenizers import Tokenizer
 from growmoe.data.tokenizer import load_tokenizer
 from growmoe.errors import UsageError
 from growmoe.files import read_json
+from growmoe.inference.offloaded import Offload
 from growmoe.inference.weights import build_for_inference
 from growmoe.memory import free_memory
 from growmoe.models.checkpoint import open_source
@@ -48,6 +49,8 @@ class Loaded:
     tokenizer: Tokenizer | None
     ends: frozenset[int]
     kv_dtype: torch.dtype
+    experts: Offload | None = None
+    """Where the routed experts lie, if not in the model."""
     footprint: Footprint | None = None
     report: LoadReport | None = None
 
@@ -56,7 +59,8 @@ def load(path: Path, form: Form, wanted: Wanted | None = None, device: str = "cp
     """Read a MODEL directory or .gguf file with its weights in `form` on `device`.
 
     A directory without tokenizer.json gives a model for token ids only. Raises UsageError before a
-    weight is read when serving it as `wanted` does not fit into the memory that is free.
+    weight is read when serving it as `wanted` does not fit into the memory that is free, and
+    GrowmoeError when experts that are to lie on disk do not fit there.
     """
     if form not in FORMS:
         raise UsageError(f"weights '{form}' are none of {', '.join(FORMS)}")
@@ -65,11 +69,19 @@ def load(path: Path, form: Form, wanted: Wanted | None = None, device: str = "cp
     wanted = dataclasses.replace(wanted or Wanted(kv_dtype=kv_name(kv_dtype)), form=form)
     found = admit(source.config, wanted, free_on(device), str(path))
     started = time.perf_counter()
-    model = build_for_inference(source, form, device)
+    experts = None
+    if wanted.expert_memory is not None:
+        experts = Offload(source.config, form, wanted.expert_memory)
+    try:
+        model = build_for_inference(source, form, device, experts)
+    except BaseException:
+        if experts is not None:
+            experts.store.close()
+        raise
     report = LoadReport(time.perf_counter() - started, source.file_bytes())
     tokenizer = _tokenizer(path)
     ends = _ends(path, model.config.token_ids, tokenizer)
-    return Loaded(str(path), model, tokenizer, ends, kv_dtype, found, report)
+    return Loaded(str(path), model, tokenizer, ends, kv_dtype, experts, found, report)
 
 
 def free_on(device: str) -> int:

@@ -10,11 +10,10 @@ import threading
 import time
 import weakref
 from collections import OrderedDict, deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from types import TracebackType
-from typing import NamedTuple
+from typing import Generic, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -22,6 +21,8 @@ from torch import Tensor
 from growmoe.errors import GrowmoeError
 from growmoe.inference.scratch import Scratch
 from growmoe.models.footprint import SLOT_ALIGN
+
+T = TypeVar("T")
 
 
 class Field(NamedTuple):
@@ -79,9 +80,11 @@ class Statistics:
 
 
 @dataclass(eq=False)
-class _Slot:
+class _Slot(Generic[T]):
     bytes_N: Tensor
     tensors: dict[str, Tensor]
+    expert: T
+    """What `tensors` stand for."""
     key: int = -1
     pins: int = 0
     ready: bool = False
@@ -94,11 +97,12 @@ class _Slot:
         self.buffer = self.bytes_N.numpy().data
 
 
-class ExpertStore:
+class ExpertStore(Generic[T]):
     """The experts of a model behind a budget of `slots` (see the module). Safe for threads.
 
     Fill it with `put`, then `seal` it; `request` gives experts, `close` ends the thread and frees
-    the scratch file. `experts` has one entry per layer, 0 meaning none.
+    the scratch file. `experts` has one entry per layer, 0 meaning none; `made_of` makes of a slot's
+    tensors what requests give out, once per slot.
     """
 
     def __init__(
@@ -106,28 +110,35 @@ class ExpertStore:
         record: Record,
         experts: Sequence[int],
         slots: int,
+        made_of: Callable[[dict[str, Tensor]], T],
         folder: Path | None = None,
         page_cache: bool = True,
     ) -> None:
-        self.record, self.stats = record, Statistics()
+        self.record, self.stats, self._made_of = record, Statistics(), made_of
         self._first = [sum(experts[:layer]) for layer in range(len(experts))]
         count = sum(experts)
         slots = min(slots, count)
         self._scratch = Scratch(record.nbytes, count, folder, page_cache) if slots < count else None
         rows_SN = torch.empty(slots, record.nbytes, dtype=torch.uint8)
-        self.slots = [_Slot(row_N, record.views(row_N)) for row_N in rows_SN]
-        self._staging: _Slot | None = None
+        self.slots = [self._slot(row_N) for row_N in rows_SN]
+        self._staging: _Slot[T] | None = None
         self._free = list(reversed(self.slots))
-        self._place: OrderedDict[int, _Slot] = OrderedDict()  # by key, least recently used first
-        self._queue: deque[_Slot] = deque()  # asked for and not yet being read
+        self._place: OrderedDict[int, _Slot[T]] = OrderedDict()  # by key, least recently used first
+        self._queue: deque[_Slot[T]] = deque()  # asked for and not yet being read
         self._ahead: deque[int] = deque()  # predicted and without a slot as yet
+        self._guesses: list[_Slot[T]] = []  # read since the last prediction
         self._closed = False
         self._changed = threading.Condition()
+        self._whole = threading.Lock()
         weakref.finalize(self, _wake, self._changed)  # the thread does not keep the store alive
         self._thread = threading.Thread(
             target=_serve, args=(weakref.ref(self), self._changed), daemon=True, name="experts"
         )
         self._thread.start()
+
+    def _slot(self, bytes_N: Tensor) -> _Slot[T]:
+        tensors = self.record.views(bytes_N)
+        return _Slot(bytes_N, tensors, self._made_of(tensors))
 
     # ---- filling ----
 
@@ -147,10 +158,9 @@ class ExpertStore:
                 slot.key, slot.ready = key, True
                 self._place[key] = slot
 
-    def _stage(self) -> _Slot:
+    def _stage(self) -> _Slot[T]:
         if self._staging is None:
-            bytes_N = torch.empty(self.record.nbytes, dtype=torch.uint8)
-            self._staging = _Slot(bytes_N, self.record.views(bytes_N))
+            self._staging = self._slot(torch.empty(self.record.nbytes, dtype=torch.uint8))
         return self._staging
 
     def seal(self) -> None:
@@ -161,17 +171,22 @@ class ExpertStore:
 
     # ---- using ----
 
-    def request(self, layer: int, experts: Sequence[int]) -> "Request":
+    def request(self, layer: int, experts: Sequence[int], whole: bool = False) -> "Request[T]":
         """Ask for distinct experts of a layer; reading starts at once. Use it in a `with` block
-        and iterate over what comes."""
+        and iterate over what comes, or (`whole`) take `all` of them, which must fit the slots."""
         first = self._first[layer]
-        return Request(self, [first + expert for expert in experts], first)
+        return Request(self, [first + expert for expert in experts], first, whole)
 
     def prefetch(self, layer: int, experts: Sequence[int]) -> None:
         """Predict the experts that a layer will ask for, most likely first. They take up to half
-        of the slots; earlier predictions that were not read yet are forgotten."""
+        of the slots. Earlier predictions that were not read yet are forgotten, and those that
+        nobody asked for are the next to go, so that wrong ones cost little room."""
         with self._changed:
             self._ahead.clear()
+            for slot in self._guesses:
+                if slot.ahead and self._place.get(slot.key) is slot:
+                    self._place.move_to_end(slot.key, last=False)
+            self._guesses.clear()
             for expert in experts[: len(self.slots) // 2]:
                 key = self._first[layer] + expert
                 if key in self._place:
@@ -197,7 +212,7 @@ class ExpertStore:
         if self._scratch is not None:
             self._scratch.close()
 
-    def __enter__(self) -> "ExpertStore":
+    def __enter__(self) -> "ExpertStore[T]":
         return self
 
     def __exit__(self, *exc: object) -> None:
@@ -209,7 +224,7 @@ class ExpertStore:
         if self._closed:
             raise GrowmoeError("the store of offloaded experts is closed")
 
-    def _reserve(self, key: int) -> _Slot | None:
+    def _reserve(self, key: int) -> _Slot[T] | None:
         """A slot for `key`, which is not there: a free one, or that of the expert used least
         recently; None when all are in use."""
         if self._free:
@@ -226,19 +241,19 @@ class ExpertStore:
         self._place[key] = slot
         return slot
 
-    def _unpin(self, slots: Sequence[_Slot]) -> None:
+    def _unpin(self, slots: Sequence[_Slot[T]]) -> None:
         for slot in slots:
             slot.pins -= 1
             self._give_back(slot)
         self._changed.notify_all()
 
-    def _give_back(self, slot: _Slot) -> None:
+    def _give_back(self, slot: _Slot[T]) -> None:
         """A slot whose read failed is free again when nobody looks at it any more."""
         if slot.error is not None and not slot.pins:
             slot.error = None
             self._free.append(slot)
 
-    def _job(self) -> _Slot | None:
+    def _job(self) -> _Slot[T] | None:
         """The next slot to read into: what was asked for, then what was predicted."""
         if self._queue:
             return self._queue.popleft()
@@ -249,11 +264,12 @@ class ExpertStore:
             slot = self._reserve(key)
             if slot is not None:
                 slot.ahead = True
+                self._guesses.append(slot)
                 self.stats.prefetched += 1
             return slot
         return None
 
-    def _read(self, slot: _Slot) -> None:
+    def _read(self, slot: _Slot[T]) -> None:
         """Read into `slot`, without the lock: nobody else touches a slot that is not ready."""
         error = None
         try:
@@ -266,7 +282,7 @@ class ExpertStore:
         finally:
             self._finish(slot, error)
 
-    def _finish(self, slot: _Slot, error: str | None) -> None:
+    def _finish(self, slot: _Slot[T], error: str | None) -> None:
         with self._changed:
             if error is None:
                 slot.ready = True
@@ -286,21 +302,28 @@ class ExpertStore:
         )
 
 
-class Request:
-    """Experts asked for. Iterating gives batches of (expert, its tensors) as they become ready,
-    each expert once; tensors are valid until the next batch, and the rest is let go at the end of
-    the `with` block. Raises GrowmoeError when an expert cannot be read."""
+class Request(Generic[T]):
+    """Experts asked for. Iterating gives batches of (number, expert) as they become ready, each
+    expert once; they are valid until the next batch, and the rest is let go at the end of the
+    `with` block. Raises GrowmoeError when an expert cannot be read."""
 
-    def __init__(self, store: ExpertStore, keys: Sequence[int], first: int) -> None:
-        self._store, self._first = store, first
+    def __init__(self, store: ExpertStore[T], keys: Sequence[int], first: int, whole: bool) -> None:
+        self._store, self._first, self._whole = store, first, whole
         self._missing: deque[int] = deque()
-        self._held: list[_Slot] = []
-        self._lent: list[_Slot] = []
-        with store._changed:
-            store._check_open()
-            for key in keys:
-                self._look_up(key)
-            self._start_reads()
+        self._held: list[_Slot[T]] = []
+        self._lent: list[_Slot[T]] = []
+        if whole:  # two that hold some slots and want more would wait for each other
+            assert len(keys) <= len(store.slots)
+            store._whole.acquire()
+        try:
+            with store._changed:
+                store._check_open()
+                for key in keys:
+                    self._look_up(key)
+                self._start_reads()
+        except BaseException:
+            self.__exit__()
+            raise
 
     def _look_up(self, key: int) -> None:
         store, slot = self._store, self._store._place.get(key)
@@ -318,7 +341,7 @@ class Request:
 
     def _start_reads(self) -> None:
         """Queue missing experts as far as there are slots. Whoever holds slots needs no other to
-        go on, so that two requests cannot wait for each other."""
+        go on, or is the only one who does, so that requests cannot wait for each other."""
         store = self._store
         while self._missing:
             key = self._missing[0]
@@ -335,20 +358,29 @@ class Request:
             store._queue.append(slot)
             store._changed.notify_all()
 
-    def __iter__(self) -> Iterator[list[tuple[int, Mapping[str, Tensor]]]]:
+    def __iter__(self) -> Iterator[list[tuple[int, T]]]:
         while True:
             self._let_go()
             batch = self._next()
             if not batch:
                 return
-            yield [(slot.key - self._first, slot.tensors) for slot in batch]
+            yield [(slot.key - self._first, slot.expert) for slot in batch]
+
+    def all(self) -> list[tuple[int, T]]:
+        """The experts of a `whole` request at once, valid until the `with` block ends."""
+        assert self._whole
+        found: list[_Slot[T]] = []
+        while self._held or self._missing:
+            found += self._next()
+            self._lent = found
+        return [(slot.key - self._first, slot.expert) for slot in found]
 
     def _let_go(self) -> None:
         with self._store._changed:
             self._store._unpin(self._lent)
             self._lent = []
 
-    def _next(self) -> list[_Slot]:
+    def _next(self) -> list[_Slot[T]]:
         """What is ready; reads itself, or waits, when nothing is."""
         store = self._store
         began: float | None = None
@@ -376,16 +408,14 @@ class Request:
     def __enter__(self) -> "Request":
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *exc: object) -> None:
         with self._store._changed:
             self._store._unpin(self._lent + self._held)
             self._lent, self._held = [], []
             self._missing.clear()
+        if self._whole:
+            self._whole = False
+            self._store._whole.release()
 
 
 def _wake(changed: threading.Condition) -> None:
@@ -393,7 +423,7 @@ def _wake(changed: threading.Condition) -> None:
         changed.notify_all()
 
 
-def _serve(ref: "weakref.ref[ExpertStore]", changed: threading.Condition) -> None:
+def _serve(ref: "weakref.ref[ExpertStore[T]]", changed: threading.Condition) -> None:
     """The reading thread; ends when its store is closed or gone."""
     while True:
         with changed:

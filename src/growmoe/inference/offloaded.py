@@ -1,121 +1,157 @@
-"""Routed experts whose weights come from an `ExpertStore`, in place of `models.moe.Experts`.
+"""Packed experts whose weights come from an `ExpertStore`.
 
 While a layer's experts compute, those of the next layer are read ahead: the next layer's router is
 asked about this layer's input, which differs from its own by one residual step (Eliseev and Mazur,
-arXiv 2312.17238). Letters as in `ops.experts`.
+arXiv 2312.17238). Letters as in `packing`.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from growmoe.inference.offload import ExpertStore, Field, Record
-from growmoe.models.checkpoint import Source, load_into, named_views
-from growmoe.models.config import ModelConfig, moe_layers
-from growmoe.models.router import Router, routers
-from growmoe.models.safetensors_io import DTYPES
-from growmoe.models.transformer import Transformer
-from growmoe.ops.cpu_experts import OneExpert, combined, run_expert
-from growmoe.ops.experts import Activation
-from growmoe.ops.mapping import MappingTable, inverse
+from growmoe.errors import UsageError
+from growmoe.inference.offload import ExpertStore, Field, Record, Request
+from growmoe.models.config import ModelConfig
+from growmoe.models.footprint import size
+from growmoe.ops import native
+from growmoe.ops.native import ExpertTable, Form, PackedExpert, PackedRouter, Routed
 
 
-class OffloadedExperts(nn.Module):
-    """The experts of one layer; computes what `Experts` does, bit for bit."""
+class OffloadedExperts:
+    """The routed experts of one layer, computed as `native.experts` computes them, bit for bit.
 
-    def __init__(self, store: ExpertStore, layer: int, activation: Activation) -> None:
-        super().__init__()
-        self.store, self.layer, self.activation = store, layer, activation
-        self.predict: Callable[[Tensor], None] | None = None
+    `table` has a place for each, and the layer's fixed expert behind them where it has one.
+    """
 
-    def forward(self, x_TD: Tensor, table: MappingTable, weights_TK: Tensor) -> Tensor:
-        """y_TD: what the experts of each token give, weighted and added up. Each expert is read
-        at most once, whatever the budget; raises GrowmoeError when that fails."""
-        (T, K), D = weights_TK.shape, x_TD.shape[1]
-        counts = table.counts_E.tolist()
-        rows_E = table.order_S.split(counts)
-        y_SD = x_TD.new_empty(T * K, D)
-        out_E = y_SD.split(counts)
-        with self.store.request(self.layer, [e for e, n in enumerate(counts) if n]) as request:
-            if self.predict is not None:
-                self.predict(x_TD)
-            for batch in request:
-                for expert, tensors in batch:
-                    x_SD = x_TD.index_select(0, rows_E[expert] // K)
-                    run_expert(x_SD, _expert(tensors), self.activation, out_E[expert])
-        y_TKD = y_SD.index_select(0, inverse(table.order_S)).view(T, K, D)
-        return combined(y_TKD, weights_TK)
+    def __init__(
+        self, store: ExpertStore[PackedExpert], layer: int, table: ExpertTable, router: PackedRouter
+    ) -> None:
+        self.store, self.layer, self.table, self.router = store, layer, table, router
+        self.following: OffloadedExperts | None = None
+        """Experts to read ahead for, while these compute; None: no reading ahead."""
 
+    def __call__(self, x_TD: Tensor, routed: Routed, hidden: int) -> Tensor:
+        """y_TD. Each expert is read at most once; raises GrowmoeError when that fails."""
+        top_k = self.router.top_k
+        wanted = routed.chosen_TK[:, :top_k].unique().tolist()
+        whole = len(wanted) <= len(self.store.slots)
+        with self.store.request(self.layer, wanted, whole) as request:
+            if self.following is not None:
+                self.following.predict(x_TD)
+            if not whole:
+                return self._in_waves(x_TD, routed, hidden, request)
+            for expert, packed in request.all():
+                self.table.put(expert, packed)
+            return native.experts(x_TD, routed.chosen_TK, routed.shares_TK, self.table, hidden)
 
-def prefetcher(store: ExpertStore, layer: int, router: Router) -> Callable[[Tensor], None]:
-    """Predicts the experts of `layer` from the input of the layer before it, the most wanted
-    first."""
+    def _in_waves(
+        self, x_TD: Tensor, routed: Routed, hidden: int, request: Request[PackedExpert]
+    ) -> Tensor:
+        """More experts than slots: the rows of those that are there, then of the next."""
+        (T, K), flat_S = routed.chosen_TK.shape, routed.chosen_TK.flatten()
+        rows_SD = torch.empty(T * K, hidden)
 
-    def predict(x_TD: Tensor) -> None:
-        counts_E = router(x_TD)[1].counts_E
-        order_E = counts_E.argsort(descending=True, stable=True)
-        store.prefetch(layer, order_E[: int((counts_E > 0).sum())].tolist())
+        def run(experts: list[int]) -> None:
+            at_S = torch.isin(flat_S, torch.tensor(experts, dtype=torch.int32)).nonzero()[:, 0]
+            chosen_S1, ones_S1 = flat_S[at_S, None], torch.ones(len(at_S), 1)
+            rows_SD[at_S] = native.experts(x_TD[at_S // K], chosen_S1, ones_S1, self.table, hidden)
 
-    return predict
+        if self.router.top_k < K:
+            run([len(self.table.experts) - 1])
+        for batch in request:
+            for expert, packed in batch:
+                self.table.put(expert, packed)
+            run([expert for expert, _ in batch])
+        return native.combine(rows_SD.view(T, K, hidden), routed.shares_TK)
 
-
-def link(model: Transformer, modules: dict[int, OffloadedExperts]) -> None:
-    """Let every layer's experts read ahead for the next layer that has some."""
-    layers = sorted(modules)
-    for layer, following, router in zip(layers, layers[1:], routers(model)[1:]):
-        modules[layer].predict = prefetcher(modules[layer].store, following, router)
-
-
-def _expert(tensors: Mapping[str, Tensor]) -> OneExpert:
-    return OneExpert(
-        tensors["up"], tensors["down"], tensors.get("up_bias"), tensors.get("down_bias")
-    )
-
-
-def plain_record(config: ModelConfig, dtype: torch.dtype) -> Record:
-    """An expert as `Experts` stacks it: gate rows first, then up; biases where there are any."""
-    assert config.moe is not None
-    D, F = config.hidden_size, config.moe.ffn_size
-    rows = 2 * F if config.activation == "swiglu" else F
-    fields = [Field("up", dtype, (rows, D)), Field("down", dtype, (D, F))]
-    if config.mlp_bias:
-        fields += [Field("up_bias", dtype, (rows,)), Field("down_bias", dtype, (D,))]
-    return Record(fields)
+    def predict(self, x_TD: Tensor) -> None:
+        """Read ahead what this layer's router makes of another layer's input, the most wanted
+        first."""
+        chosen_TK = native.route(x_TD, self.router).chosen_TK[:, : self.router.top_k]
+        experts, counts = chosen_TK.unique(return_counts=True)
+        order = counts.argsort(descending=True, stable=True)
+        self.store.prefetch(self.layer, experts[order].tolist())
 
 
-@torch.no_grad()
-def build_offloaded(
-    source: Source, store: ExpertStore, dtype: str = "float32", prefetch: bool = True
-) -> Transformer:  # fmt: skip
-    """The model of `source` with its routed experts in `store`, which is filled and sealed."""
-    config = source.config
-    activation: Activation = "swiglu" if config.activation == "swiglu" else "gelu"
-    with torch.device("meta"):
-        model = Transformer(config)
-    modules = {}
-    for layer in moe_layers(config):
-        modules[layer] = OffloadedExperts(store, layer, activation)
-        model.layers[layer].moe.experts = modules[layer]  # type: ignore[union-attr]
-    model.to(dtype=DTYPES[dtype]).to_empty(device="cpu")
-    load_into(dict(named_views(model.named_parameters(), config)), source.load)
-    _fill(store, source)
-    if prefetch:
-        link(model, modules)
-    return model.eval()
+def read_ahead(layers: list[OffloadedExperts]) -> None:
+    """Let every layer's experts read ahead for the next one that has some."""
+    for layer, following in zip(layers, layers[1:]):
+        layer.following = following
 
 
-def _fill(store: ExpertStore, source: Source) -> None:
-    """Experts of all layers, one tensor at a time."""
-    config = source.config
-    gated = config.activation == "swiglu"
-    for layer in moe_layers(config):
-        for expert in range(config.experts_in(layer)):
-            place = f"layers.{layer}.moe.experts.{expert}"
-            tensors = {}
-            for kind, suffix in (("weight", ""), ("bias", "_bias"))[: 2 if config.mlp_bias else 1]:
-                up = [source.load(f"{place}.{part}.{kind}") for part in ("gate", "up")[not gated :]]
-                tensors[f"up{suffix}"] = torch.cat(up) if gated else up[0]
-                tensors[f"down{suffix}"] = source.load(f"{place}.down.{kind}")
-            store.put(layer, expert, tensors)
-    store.seal()
+class PackedRecord:
+    """How a packed expert of a model lies in a slot, there and back."""
+
+    def __init__(self, config: ModelConfig, form: Form) -> None:
+        assert config.moe is not None
+        self.form, D, F = form, config.hidden_size, config.moe.ffn_size
+        rows = 2 * (-(-F // 16) * 16) if config.activation == "swiglu" else F
+        self.shapes = {"up": (rows, D), "down": (D, F)}
+        fields = [
+            Field(name, torch.uint8, (native.packed_bytes(form, *shape),))
+            for name, shape in self.shapes.items()
+        ]
+        if config.mlp_bias:
+            fields += [
+                Field(f"{name}_bias", torch.float32, (shape[0],))
+                for name, shape in self.shapes.items()
+            ]
+        self.record = Record(fields)
+
+    def expert(self, tensors: Mapping[str, Tensor]) -> PackedExpert:
+        """The expert that lies in these tensors of a slot."""
+        up, down = (
+            native.packed_from(tensors[name], self.form, *shape, tensors.get(f"{name}_bias"))
+            for name, shape in self.shapes.items()
+        )
+        return PackedExpert(up, down)
+
+    def tensors(self, expert: PackedExpert) -> dict[str, Tensor]:
+        """What a slot holds of an expert."""
+        found = {"up": expert.up.data, "down": expert.down.data}
+        for name, packed in (("up_bias", expert.up), ("down_bias", expert.down)):
+            if packed.bias is not None:
+                found[name] = packed.bias
+        return found
+
+
+class Offload:
+    """A store for the packed experts of a model within `budget` bytes; raises UsageError when that
+    holds fewer than a token visits at a time."""
+
+    def __init__(
+        self, config: ModelConfig, form: Form, budget: int, folder: Path | None = None,
+        prefetch: bool = True, page_cache: bool = True,
+    ) -> None:  # fmt: skip
+        if not native.available():
+            raise UsageError("experts on disk need the native kernels; see `growmoe doctor`")
+        if config.moe is None:
+            raise UsageError("experts on disk need a model with experts, and this one is dense")
+        self.packing, self.prefetch = PackedRecord(config, form), prefetch
+        each, slots = self.packing.record.nbytes, budget // self.packing.record.nbytes
+        if slots < config.moe.top_k:
+            raise UsageError(
+                f"{size(budget)} hold {slots} experts of {size(each)}, but a token visits "
+                f"{config.moe.top_k} at a time; give at least {size(each * config.moe.top_k)}"
+            )
+        self.store: ExpertStore[PackedExpert] = ExpertStore(
+            self.packing.record, config.moe.experts, slots, self.packing.expert, folder, page_cache
+        )
+        self.layers: list[OffloadedExperts] = []
+
+    def add(self, layer: int, table: ExpertTable, router: PackedRouter) -> OffloadedExperts:
+        """The experts of a layer, which `put` has stored."""
+        self.layers.append(OffloadedExperts(self.store, layer, table, router))
+        return self.layers[-1]
+
+    def put(self, layer: int, expert: int, packed: PackedExpert) -> None:
+        """Store one expert."""
+        self.store.put(layer, expert, self.packing.tensors(packed))
+
+    def seal(self) -> None:
+        """Every expert of every layer is stored."""
+        self.store.seal()
+        if self.prefetch:
+            read_ahead(self.layers)

@@ -14,6 +14,7 @@ from typing import Protocol, TypeGuard, cast
 import torch
 from torch import Tensor, nn
 
+from growmoe.inference.offloaded import Offload
 from growmoe.models.attention import Cache, LayerNorm, attend, rotate
 from growmoe.models.checkpoint import Source
 from growmoe.models.config import ModelConfig
@@ -50,11 +51,11 @@ class Reader:
         self.source, self.form = source, form
 
     def exact(self, name: str) -> Tensor:
-        """The tensor in float32, rounded to bfloat16 first unless the form is float32."""
+        """A copy of the tensor in float32, rounded to bfloat16 first unless the form is float32."""
         tensor = self.source.load(name)
         if self.form != "float32":
             tensor = tensor.to(torch.bfloat16)
-        return tensor.to(torch.float32)
+        return tensor.to(torch.float32, copy=True)
 
     def packed(
         self, names: Sequence[str], join: Join = lambda *rows: torch.cat(rows),
@@ -81,9 +82,10 @@ class Reader:
         return native.PackedExpert(up, self.packed((f"{name}.down",), bias=config.mlp_bias))
 
 
-def build_packed(source: Source, form: Form) -> Transformer:
+def build_packed(source: Source, form: Form, offload: Offload | None = None) -> Transformer:
     """The model of `source` with packed weights in `form`: norms, routers and mixing coefficients
-    stay as they are, the embedding stays a table, and the head of an int4 model has int8."""
+    stay as they are, the embedding stays a table, and the head of an int4 model has int8. With
+    `offload` the routed experts lie there."""
     config, read = source.config, Reader(source, form)
     with torch.device("meta"):
         model = Transformer(config)
@@ -99,10 +101,12 @@ def build_packed(source: Source, form: Form) -> Transformer:
             mlp_norm=packed_norm(config, read, f"{place}.mlp_norm"),
         )
         if config.experts_in(layer):
-            exchange(block, moe=PackedMoE(config, layer, read), mlp=None)
+            exchange(block, moe=PackedMoE(config, layer, read, offload), mlp=None)
         else:
             exchange(block, mlp=PackedMLP(config, read.expert(config, f"{place}.mlp")))
         model.layers[layer] = PackedBlock(cast(Block, block))
+    if offload is not None:
+        offload.seal()
     head = "embed" if config.tied_head else "head"
     exchange(
         model,
@@ -123,7 +127,8 @@ class PackedEmbedding(nn.Module):
 
     def __init__(self, weight_VD: Tensor, form: Form) -> None:
         super().__init__()
-        self.weight_VD = weight_VD if form == "float32" else weight_VD.to(torch.bfloat16)
+        dtype = weight_VD.dtype if form == "float32" else torch.bfloat16
+        self.weight_VD = weight_VD.to(dtype, copy=True)
 
     def forward(self, tokens: Tensor) -> Tensor:
         """[...] -> [..., D]."""
@@ -252,7 +257,9 @@ class PackedMoE(nn.Module):
     """Router, experts and fixed branch of one layer; the fixed branch is one more expert, which
     every token has, with the share that the mixing coefficients give it."""
 
-    def __init__(self, config: ModelConfig, layer: int, read: Reader) -> None:
+    def __init__(
+        self, config: ModelConfig, layer: int, read: Reader, offload: Offload | None = None
+    ) -> None:
         super().__init__()
         assert config.moe is not None
         self.moe, self.hidden, self.layer = config.moe, config.hidden_size, layer
@@ -269,12 +276,17 @@ class PackedMoE(nn.Module):
             self.moe.scoring == "sigmoid", self.moe.renormalize, self.moe.groups,
             self.moe.top_groups, self.moe.mix, mix,
         )  # fmt: skip
-        experts: list[native.PackedExpert | None] = [
-            read.expert(config, f"{place}.experts.{expert}") for expert in range(self.count)
-        ]
+        experts: list[native.PackedExpert | None] = [None] * self.count
+        for expert in range(self.count):
+            packed = read.expert(config, f"{place}.experts.{expert}")
+            if offload is None:
+                experts[expert] = packed
+            else:
+                offload.put(layer, expert, packed)
         if self.moe.mix != "none":
             experts.append(read.expert(config, f"layers.{layer}.mlp"))
         self.table = native.ExpertTable(experts, config.activation == "gelu")
+        self.offloaded = None if offload is None else offload.add(layer, self.table, self.router)
         self.observe = False
         """Whether the routing is returned, for whoever watches it; it costs a few operators."""
 
@@ -282,7 +294,10 @@ class PackedMoE(nn.Module):
         """As `models.moe.MoE`; the fixed branch is inside."""
         x_TD = x_BTD.reshape(-1, self.hidden)
         routed = native.route(x_TD, self.router)
-        y_TD = native.experts(x_TD, routed.chosen_TK, routed.shares_TK, self.table, self.hidden)
+        if self.offloaded is not None:
+            y_TD = self.offloaded(x_TD, routed, self.hidden)
+        else:
+            y_TD = native.experts(x_TD, routed.chosen_TK, routed.shares_TK, self.table, self.hidden)
         return y_TD.view_as(x_BTD), self.observed(routed, len(x_BTD)) if self.observe else None
 
     def observed(self, routed: native.Routed, sequences: int) -> Routing:
@@ -297,7 +312,8 @@ class PackedMoE(nn.Module):
 
 class PackedBlock(nn.Module):
     """A block of packed modules; over a ragged cache it runs as one native call where norms are RMS
-    norms (and those of queries and keys go over single heads), which changes no bit."""
+    norms (and those of queries and keys go over single heads) and no expert lies on disk, which
+    changes no bit."""
 
     def __init__(self, block: Block) -> None:
         super().__init__()
@@ -306,7 +322,9 @@ class PackedBlock(nn.Module):
         attn, norms, ffn = block.attn, (block.attn_norm, block.mlp_norm), block.moe or block.mlp
         assert isinstance(attn, PackedAttention)
         assert isinstance(ffn, PackedMoE | PackedMLP)
-        if all(isinstance(norm, PackedNorm) for norm in norms) and not attn.over_all:
+        on_disk = isinstance(ffn, PackedMoE) and ffn.offloaded is not None
+        plain = attn.over_all or not all(isinstance(norm, PackedNorm) for norm in norms)
+        if not plain and not on_disk:
             router = ffn.router if isinstance(ffn, PackedMoE) else None
             weights_D = (norms[0].weight_D, norms[1].weight_D)
             self.layer = native.Layer(

@@ -43,7 +43,7 @@ class PrepackedLinear(nn.Module):
     def __init__(self, source: Source, name: str, form: Form, bias: bool) -> None:
         super().__init__()
         dtype = torch.float32 if form == "float32" else torch.bfloat16
-        self.bias_N = source.load(f"{name}.bias").to(dtype) if bias else None
+        self.bias_N = source.load(f"{name}.bias").to(dtype, copy=True) if bias else None
         self.quantized = self.plain_NK = self.reordered = None
         if form in BITS:
             self.quantized = stored_or_made(source, f"{name}.weight", BITS[form])
@@ -52,7 +52,7 @@ class PrepackedLinear(nn.Module):
         if dtype is torch.bfloat16 and prepacking():
             self.reordered = _reordered(weight_NK)
         else:
-            self.plain_NK = weight_NK
+            self.plain_NK = weight_NK.clone()  # the source may lend its tensors
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., K] -> [..., N]."""
@@ -114,7 +114,7 @@ def build_prepacked(source: Source, form: Form) -> Transformer:
             setattr(parent, leaf, PrepackedExperts(source, name, len(module.up), form))
     for name, parameter in list(model.named_parameters()):
         module_name, _, leaf = name.rpartition(".")
-        data = source.load(name).to(dtype)
+        data = source.load(name).to(dtype, copy=True)
         owner = model.get_submodule(module_name)
         setattr(owner, leaf, nn.Parameter(data, requires_grad=False))
         del parameter

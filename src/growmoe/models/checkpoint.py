@@ -176,7 +176,7 @@ class Directory:
                 f"{place}: tensor {self._names[name]} holds -128, which lies outside the symmetric "
                 f"range of 8 bits"
             )
-        return Quantized(values_NK, scales_NG)
+        return Quantized(values_NK, scales_NG.clone())  # integers may be kept, mapped pages not
 
     def _read(self, disk: str) -> Tensor:
         return self._handle(self._files[disk]).read(disk)

@@ -16,6 +16,7 @@ Form = Literal["float32", "bfloat16", "int8", "int4"]
 FORMS: tuple[Form, ...] = ("float32", "bfloat16", "int8", "int4")
 GROUP = 32
 """Weights along the input dimension that share one bfloat16 scale in int8 and int4."""
+_PANEL = 32
 BLOCK = 16
 """Tokens of one block of the KV cache."""
 SLOT_ALIGN = 64
@@ -71,36 +72,59 @@ class Footprint:
 
 
 def matrix_bytes(rows: int, columns: int, form: Form) -> int:
-    """Bytes of the weight of one linear layer in a form."""
-    if form in DTYPE_BYTES:
-        return rows * columns * DTYPE_BYTES[form]
-    groups = math.ceil(columns / GROUP)
-    values = groups * GROUP if form == "int8" else groups * GROUP // 2
-    return rows * (values + groups * DTYPE_BYTES["bfloat16"])
+    """Bytes of the weight of one linear layer, packed: panels of 32 rows; pairs of columns in
+    bfloat16, groups of 32 in int8 and int4."""
+    rows = _up_to(rows, _PANEL)
+    if form == "float32":
+        return rows * columns * 4
+    if form == "bfloat16":
+        return rows * _up_to(columns, 2) * 2
+    groups = _up_to(columns, GROUP) // GROUP
+    return rows * groups * ((GROUP if form == "int8" else GROUP // 2) + DTYPE_BYTES["bfloat16"])
+
+
+def _up_to(count: int, step: int) -> int:
+    return math.ceil(count / step) * step
 
 
 def weight_bytes(config: ModelConfig, form: Form) -> tuple[int, int]:
     """(bytes of all but the routed experts, bytes of the routed experts).
 
-    Matrices of linear layers are in `form`, the head of an int4 model in int8; embeddings are in
-    bfloat16 (float32 models: float32); routers, norms, mixing layers and biases in float32.
+    Matrices of linear layers are in `form`, the head of an int4 model in int8 and beside the
+    embedding also where they are tied; embeddings are in bfloat16 (float32 models: float32);
+    routers, norms, mixing layers and biases in float32.
     """
     head: Form = "int8" if form == "int4" else form
     table = DTYPE_BYTES["float32" if form == "float32" else "bfloat16"]
-    others = experts = 0
+    others = 0
     for name, shape in tensor_shapes(config).items():
         count = math.prod(shape)
         if name in ("embed.weight", "positions.weight"):
             others += count * table
         elif ".moe.experts." in name:
-            experts += matrix_bytes(shape[0], shape[1], form) if len(shape) == 2 else count * _FLOAT
-        elif len(shape) == 1 or ".router." in name or ".mix." in name:
+            continue
+        elif len(shape) == 1:
             others += count * _FLOAT
-        else:
-            others += matrix_bytes(shape[0], shape[1], head if name == "head.weight" else form)
-    if config.tied_head and form in ("int8", "int4"):  # the head is packed, the table is not
+        elif ".router." in name or ".mix." in name:
+            others += matrix_bytes(shape[0], shape[1], "float32")
+        elif name == "head.weight":
+            others += matrix_bytes(shape[0], shape[1], head)
+        elif (rows := _packed_rows(config, name, shape[0])) is not None:
+            others += matrix_bytes(rows, shape[1], form)
+    if config.tied_head:
         others += matrix_bytes(config.vocab_size, config.hidden_size, head)
-    return others, experts
+    count = sum(config.moe.experts) if config.moe else 0
+    return others, count * expert_bytes(config, form) if count else 0
+
+
+def _packed_rows(config: ModelConfig, name: str, rows: int) -> int | None:
+    """Rows of what the matrix `name` is packed with; None where another name stands for it."""
+    part = name.split(".")[-2]
+    if part in ("k", "v", "gate"):
+        return None
+    if part == "q":
+        return rows + 2 * config.num_kv_heads * config.head_dim
+    return 2 * _up_to(rows, 16) if part == "up" and config.activation == "swiglu" else rows
 
 
 def expert_bytes(config: ModelConfig, form: Form) -> int:
@@ -108,10 +132,11 @@ def expert_bytes(config: ModelConfig, form: Form) -> int:
     moe = config.moe
     assert moe is not None
     D, F = config.hidden_size, moe.ffn_size
-    rows = 2 * F if config.activation == "swiglu" else F
-    total = matrix_bytes(rows, D, form) + matrix_bytes(D, F, form)
-    total += (rows + D) * _FLOAT if config.mlp_bias else 0
-    return math.ceil(total / SLOT_ALIGN) * SLOT_ALIGN
+    rows = 2 * _up_to(F, 16) if config.activation == "swiglu" else F
+    parts = [matrix_bytes(rows, D, form), matrix_bytes(D, F, form)]
+    if config.mlp_bias:
+        parts += [rows * _FLOAT, D * _FLOAT]
+    return sum(_up_to(part, SLOT_ALIGN) for part in parts)
 
 
 def block_bytes(config: ModelConfig, kv_dtype: str) -> int:

@@ -25,6 +25,7 @@ DTYPES = {
     "float16": torch.float16,
 }
 _INTEGERS = {"int32": torch.int32, "int64": torch.int64}
+_WORTH_MAPPING = 1 << 16
 _CODE_OF = {name: code for code, name in (CODES | INTEGER_CODES).items()}
 _CHUNK = 1 << 22
 """Elements that are converted at a time when writing."""
@@ -33,8 +34,8 @@ _CHUNK = 1 << 22
 class TensorFile:
     """One safetensors file; its header is checked when it is opened.
 
-    With `mapped`, tensors are private pages of the file that go when the tensor does: nothing is
-    copied on the way into a model. For passing through only: whoever cuts the file short while a
+    With `mapped`, large tensors are private pages of the file that go when the tensor does: nothing
+    is copied on the way into a model. For passing through only: whoever cuts the file short while a
     tensor of it lives kills the process at the next touch (SIGBUS), so nothing that stays may point
     into it. Raises GrowmoeError that names the file when the header is damaged or the file is cut
     short.
@@ -70,8 +71,8 @@ class TensorFile:
             )
         dtype = (DTYPES | _INTEGERS)[known]
         first, last = (self._start + place for place in self._entries[name]["data_offsets"])
-        # torch wants aligned elements, and the kernel at least one
-        plain = not self.mapped or first == last or first % dtype.itemsize
+        # torch wants aligned elements
+        plain = not self.mapped or last - first < _WORTH_MAPPING or first % dtype.itemsize
         tensor = (self._read if plain else self._map)(self.shape(name), dtype, first, last)
         if dtype.is_floating_point and not is_finite(tensor):
             raise GrowmoeError(f"{self.path}: tensor {name} holds NaN or infinite values")

@@ -41,6 +41,14 @@ struct gm_experts_call {
 // How a fixed expert (a residual or shared one, the last of the layer) shares with the routed ones.
 enum gm_mix { GM_NO_FIXED = 0, GM_SUM = 1, GM_SIGMOID_GATE = 2, GM_SOFTMAX2 = 3 };
 
+// What gm_experts does last, for rows that were computed in several calls.
+struct gm_combine_call {
+  const float* rows;    // [tokens, top_k, hidden]
+  const float* shares;  // [tokens, top_k]
+  float* y;             // [tokens, hidden]
+  int32_t tokens, top_k, hidden, reserved;
+};
+
 struct gm_router_call {
   const float* x;  // [tokens, hidden]
   const gm_weight* router;  // float32 [E, hidden]
@@ -102,6 +110,7 @@ int32_t gm_rms_norm(const float* x, const float* weight, float* y, int32_t token
                  float eps, int32_t threads);
 int32_t gm_route(const gm_router_call* call, int32_t threads);
 int32_t gm_experts(const gm_experts_call* call, int32_t threads);
+int32_t gm_combine(const gm_combine_call* call, int32_t threads);
 int32_t gm_attention(const gm_attention_call* call, int32_t threads);
 int32_t gm_layer(const gm_layer_call* call, int32_t threads);
 

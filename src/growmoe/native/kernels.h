@@ -9,6 +9,7 @@ struct Kernels {
   int (*rms_norm)(const float*, const float*, float*, int, int, float, int);
   int (*route)(const gm_router_call*, int);
   int (*experts)(const gm_experts_call*, int);
+  int (*combine)(const gm_combine_call*, int);
   int (*attention)(const gm_attention_call*, int);
   int (*layer)(const gm_layer_call*, int);
   double (*bandwidth)(const void*, int64_t, int);

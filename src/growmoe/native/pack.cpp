@@ -163,6 +163,11 @@ int32_t gm_experts(const gm_experts_call* call, int32_t threads) {
   return kernels().experts(call, threads);
 }
 
+int32_t gm_combine(const gm_combine_call* call, int32_t threads) {
+  Alone alone;
+  return kernels().combine(call, threads);
+}
+
 int32_t gm_attention(const gm_attention_call* call, int32_t threads) {
   Alone alone;
   return kernels().attention(call, threads);

@@ -8,7 +8,7 @@ E full-sized gradients). Kept for backward: the pre-activations [S,R] and the ex
 """
 
 from collections.abc import Iterable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -35,7 +35,7 @@ def cpu_experts(
     if torch.is_grad_enabled():
         return _CpuExperts.apply(x_TD, weights_TK, table.order_S, table.counts_E, activation, *w)
     y_TKD, _, _ = _forward(x_TD, weights_TK, table.order_S, table.counts_E, w, activation)
-    return combined(y_TKD, weights_TK)
+    return _combined(y_TKD, weights_TK)
 
 
 class _CpuExperts(torch.autograd.Function):
@@ -49,7 +49,7 @@ class _CpuExperts(torch.autograd.Function):
         )  # fmt: skip
         ctx.save_for_backward(weights_TK, order_S, counts_E, y_TKD, *saved, *tensors)
         ctx.kept, ctx.grouped, ctx.activation = len(saved), grouped, activation
-        return combined(y_TKD, weights_TK)
+        return _combined(y_TKD, weights_TK)
 
     @staticmethod
     @once_differentiable
@@ -99,7 +99,7 @@ def _forward(
     return y_TKD, [x_TD, tokens_S, back_S, *h], grouped
 
 
-def combined(y_TKD: Tensor, weights_TK: Tensor) -> Tensor:
+def _combined(y_TKD: Tensor, weights_TK: Tensor) -> Tensor:
     """y_TD: every token's outputs, weighted and added up. For one or two outputs without torch's
     batched product, which is slower then."""
     w_TK, K = weights_TK.to(y_TKD.dtype), weights_TK.shape[1]
@@ -173,30 +173,11 @@ def _forward_looped(
     active, sizes = _active(counts)
     rows = zip(active, _rows_by(x_TD, tokens_S, sizes), y_SD.split(sizes))
     for expert, x_SD, out_SD in rows:
-        kept.append(run_expert(x_SD, expert_of(w, expert), activation, out_SD))
+        h_SR = times_transposed(x_SD, w.up_ERD[expert], _of(w.up_bias_ER, expert))
+        a_SF = _activate(h_SR, activation)
+        times_transposed(a_SF, w.down_EDF[expert], _of(w.down_bias_ED, expert), out_SF=out_SD)
+        kept.append(h_SR)
     return kept
-
-
-class OneExpert(NamedTuple):
-    """Parameters of one expert."""
-
-    up_RD: Tensor
-    down_DF: Tensor
-    up_bias_R: Tensor | None = None
-    down_bias_D: Tensor | None = None
-
-
-def expert_of(w: ExpertWeights, expert: int) -> OneExpert:
-    """One of the stacked experts, as views."""
-    return OneExpert(*(None if stack is None else stack[expert] for stack in w))  # type: ignore[arg-type]
-
-
-def run_expert(x_SD: Tensor, w: OneExpert, activation: Activation, out_SD: Tensor) -> Tensor:
-    """Writes what one expert makes of its rows into out_SD; returns the pre-activations [S,R]."""
-    h_SR = times_transposed(x_SD, w.up_RD, w.up_bias_R)
-    a_SF = _activate(h_SR, activation)
-    times_transposed(a_SF, w.down_DF, w.down_bias_D, out_SF=out_SD)
-    return h_SR
 
 
 def _forward_grouped(
@@ -291,3 +272,7 @@ def _activate_backward(
     a_SF.mul_(up_SF)
     torch.ops.aten.silu_backward.grad_input(da_SF.mul_(up_SF), gate_SF, grad_input=dgate_SF)
     return a_SF, dh_SR
+
+
+def _of(bias_EF: Tensor | None, expert: int) -> Tensor | None:
+    return None if bias_EF is None else bias_EF[expert]

@@ -52,6 +52,13 @@ class _ExpertsCall(ctypes.Structure):
     )  # fmt: skip
 
 
+class _CombineCall(ctypes.Structure):
+    _fields_ = (
+        ("rows", _Pointer), ("shares", _Pointer), ("y", _Pointer),
+        ("tokens", _Int), ("top_k", _Int), ("hidden", _Int), ("reserved", _Int),
+    )  # fmt: skip
+
+
 class _RouterCall(ctypes.Structure):
     _fields_ = (
         ("x", _Pointer), ("router", _Pointer), ("bias", _Pointer), ("logits", _Pointer),
@@ -103,7 +110,7 @@ def _library() -> ctypes.CDLL | None:
     library.gm_rms_norm.argtypes = (
         _Pointer, _Pointer, _Pointer, _Int, _Int, ctypes.c_float, _Int
     )  # fmt: skip
-    for name in ("gm_route", "gm_experts", "gm_attention", "gm_layer"):
+    for name in ("gm_route", "gm_experts", "gm_combine", "gm_attention", "gm_layer"):
         getattr(library, name).argtypes = (_Pointer, _Int)
     library.gm_read_bandwidth.argtypes = (_Pointer, _Long, _Int)
     library.gm_read_bandwidth.restype = ctypes.c_double
@@ -284,6 +291,18 @@ def experts(
         table.activation, 0, 0,
     )  # fmt: skip
     _check(_loaded().gm_experts(ctypes.byref(call), torch.get_num_threads()))
+    return y_TD
+
+
+def combine(rows_TKD: Tensor, shares_TK: Tensor) -> Tensor:
+    """y_TD: the sum over each token's rows, in order, of share * row, with the bits that `experts`
+    gives; contiguous float32."""
+    T, K, D = rows_TKD.shape
+    y_TD = torch.empty(T, D)
+    call = _CombineCall(
+        rows_TKD.data_ptr(), shares_TK.data_ptr(), y_TD.data_ptr(), T, K, D, 0
+    )  # fmt: skip
+    _check(_loaded().gm_combine(ctypes.byref(call), torch.get_num_threads()))
     return y_TD
 
 

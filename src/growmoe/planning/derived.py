@@ -7,6 +7,7 @@ from growmoe.errors import UsageError
 from growmoe.files import read_json
 from growmoe.models.config import ModelConfig
 from growmoe.models.families import config_from_hf, pick_family
+from growmoe.models.footprint import FORMS, weight_bytes
 from growmoe.models.gguf_arch import gguf_kinds, gguf_tensors, kind_bytes
 from growmoe.models.gguf_header import gguf_config, read_gguf_header
 from growmoe.models.growing import plan_growth
@@ -28,7 +29,8 @@ def config_of(path: Path) -> ModelConfig:
 
 
 def describe(config: ModelConfig, context: int | None = None) -> dict[str, Any]:
-    """The accounting of one model. FLOPs are those of a forward pass for one token."""
+    """The accounting of one model. FLOPs are those of a forward pass for one token; `bytes_served`
+    are the weights in memory, in every form that they can be served in."""
     return {
         "family": pick_family(config),
         "layers": config.num_layers,
@@ -43,6 +45,7 @@ def describe(config: ModelConfig, context: int | None = None) -> dict[str, Any]:
         "params_active": config.params_active(),
         "flops_per_token": config.flops_per_token(context),
         "bytes": config.bytes("bfloat16"),
+        "bytes_served": {form: sum(weight_bytes(config, form)) for form in FORMS},
         "kv_bytes_per_token": config.kv_bytes_per_token("bfloat16"),
     }
 
