@@ -55,7 +55,11 @@ def _compile(compiler: str, folder: Path) -> str | None:
         optional = {
             name: pool.submit(run, f"kernels_{name}", flags) for name, flags in levels.items()
         }
-        needed = [pool.submit(run, "kernels_base", []), pool.submit(run, "pool", [])]
+        needed = [
+            pool.submit(run, "kernels_base", []),
+            pool.submit(run, "pool", []),
+            pool.submit(run, "quantize", ["-ffp-contract=off"]),
+        ]
         # an old compiler may not know the newest instructions; those above are then left out, too
         found: list[str] = []
         for name, future in optional.items():
@@ -66,7 +70,7 @@ def _compile(compiler: str, folder: Path) -> str | None:
         for future in needed:
             if future.result().returncode:
                 return f"{compiler} failed: {future.result().stderr.strip()[:300]}"
-    objects = ["kernels_base", "pool", "pack", *(f"kernels_{name}" for name in found)]
+    objects = ["kernels_base", "pool", "pack", "quantize", *(f"kernels_{name}" for name in found)]
     linked = folder / LIBRARY.name
     done = subprocess.run(
         [*compiler.split(), "-shared", "-pthread", "-o", str(linked)]

@@ -23,7 +23,7 @@ from growmoe.models.transformer import Transformer
 from growmoe.ops import native
 from growmoe.ops.experts import ExpertWeights, expert_mlp_reference
 from growmoe.ops.mapping import mapping_table
-from growmoe.ops.quantized import dequantize, quantize
+from growmoe.ops.quantized import dequantize, quantize, quantize_reference
 
 pytestmark = pytest.mark.skipif(not native.available(), reason="the native kernels are not built")
 
@@ -316,6 +316,18 @@ def test_observed_routing_is_that_of_the_router() -> None:
             assert torch.equal(a.experts_TK, b.experts_TK)
             assert torch.equal(a.counts_E, b.counts_E)
             assert torch.allclose(a.weights_TK, b.weights_TK, atol=1e-5)
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(1, 40), st.integers(1, 100), st.sampled_from([8, 4]), st.integers(-140, 120))
+def test_quantising_is_bit_equal_to_torch(N: int, K: int, bits: int, exponent: int) -> None:
+    rng = torch.Generator().manual_seed(N * 1000 + K)
+    w = torch.randn(N, K, generator=rng) * 2.0**exponent
+    w[torch.rand(N, K, generator=rng) < 0.1] = 0.0
+    w[0] = w[0, 0]
+    found, expected = quantize(w, bits), quantize_reference(w, bits)
+    assert torch.equal(found.scales_NG, expected.scales_NG)
+    assert torch.equal(found.values_NK, expected.values_NK)
 
 
 def test_kernels_work_in_a_forked_child() -> None:

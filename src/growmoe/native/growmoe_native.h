@@ -104,6 +104,10 @@ int64_t gm_packed_bytes(int32_t form, int32_t n, int32_t k);
 void gm_pack(int32_t form, int32_t n, int32_t k, const void* source, const uint16_t* scales,
              void* packed, int32_t threads);
 
+// float32 [n,k] to int8 [n,k] of 8 or 4 bits and bfloat16 [n, k/32]; 1: not all finite.
+int32_t gm_quantize(const float* w, int32_t n, int32_t k, int32_t bits, int8_t* values,
+                    uint16_t* scales, int32_t threads);
+
 int32_t gm_linear(const gm_weight* w, const float* x, int64_t x_stride, float* y, int64_t y_stride,
                int32_t tokens, int32_t add, int32_t threads);
 int32_t gm_rms_norm(const float* x, const float* weight, float* y, int32_t tokens, int32_t size,

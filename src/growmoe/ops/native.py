@@ -104,6 +104,7 @@ def _library() -> ctypes.CDLL | None:
     library.gm_packed_bytes.restype = _Long
     library.gm_pack.argtypes = (_Int, _Int, _Int, _Pointer, _Pointer, _Pointer, _Int)
     library.gm_pack.restype = None
+    library.gm_quantize.argtypes = (_Pointer, _Int, _Int, _Int, _Pointer, _Pointer, _Int)
     library.gm_linear.argtypes = (
         _Pointer, _Pointer, _Long, _Pointer, _Long, _Int, _Int, _Int
     )  # fmt: skip
@@ -199,6 +200,19 @@ def _pack(source: Tensor, scales: Tensor | None, form: Form, bias_N: Tensor | No
         data.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
     return packed_from(data, form, N, K, bias_N)
+
+
+def quantize(w_NK: Tensor, bits: int) -> tuple[Tensor, Tensor] | None:
+    """Integers and scales as `ops.quantized.quantize` defines them, None if not all are finite."""
+    w_NK = w_NK.to(torch.float32).contiguous()
+    N, K = w_NK.shape
+    values_NK = torch.empty(N, K, dtype=torch.int8)
+    scales_NG = torch.empty(N, -(-K // GROUP), dtype=torch.bfloat16)
+    bad = _loaded().gm_quantize(
+        w_NK.data_ptr(), N, K, bits, values_NK.data_ptr(), scales_NG.data_ptr(),
+        torch.get_num_threads(),
+    )  # fmt: skip
+    return None if bad else (values_NK, scales_NG)
 
 
 def packed_from(

@@ -12,6 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from growmoe.errors import GrowmoeError, UsageError
+from growmoe.ops import native
+from growmoe.ops.device import plain_cpu
 
 GROUP = 32
 """Neighbouring inputs that share a scale."""
@@ -20,6 +22,7 @@ RANGES = {8: (-127, 127), 4: (-8, 7)}
 # scale of the sign that this takes; 7 is there so that what was quantised once stays as it is.
 _DIVISORS = {8: (127.0,), 4: (8.0, 8.25, 8.5, 8.75, 9.0, 7.75, 7.0)}
 BITS = {"int8": 8, "int4": 4}
+_NOT_FINITE = "weights with NaN or infinite values cannot be quantised"
 _SMALLEST = torch.finfo(torch.bfloat16).tiny
 _PIECE = 1 << 16  # weights at a time: what the search needs stays in the processor's cache
 
@@ -48,6 +51,16 @@ def quantize(w_NK: Tensor, bits: int) -> Quantized:
     """
     if bits not in RANGES:
         raise UsageError(f"weights are quantised to 8 or 4 bits, not to {bits}")
+    if plain_cpu(w_NK) and native.available():
+        found = native.quantize(w_NK, bits)
+        if found is None:
+            raise GrowmoeError(_NOT_FINITE)
+        return Quantized(*found)
+    return quantize_reference(w_NK, bits)
+
+
+def quantize_reference(w_NK: Tensor, bits: int) -> Quantized:
+    """`quantize` in torch."""
     N, K = w_NK.shape
     groups = -(-K // GROUP)
     values_NK = torch.empty(N, K, dtype=torch.int8, device=w_NK.device)
@@ -56,7 +69,7 @@ def quantize(w_NK: Tensor, bits: int) -> Quantized:
     for start in range(0, N, step):
         rows = w_NK[start : start + step].to(torch.float32)
         if not torch.isfinite(rows).all():
-            raise GrowmoeError("weights with NaN or infinite values cannot be quantised")
+            raise GrowmoeError(_NOT_FINITE)
         parts_RG = F.pad(rows, (0, groups * GROUP - K)).view(-1, GROUP)
         values, scales = _nearest(parts_RG, bits)
         values_NK[start : start + step] = values.view(len(rows), -1)[:, :K]
@@ -81,7 +94,7 @@ def _nearest(parts_RG: Tensor, bits: int) -> tuple[Tensor, Tensor]:
             return values, scales
         # relative to the largest weight: squares of huge and of tiny weights leave float32
         errors = ((values * scales - parts_RG) / largest.abs().clamp_min(_SMALLEST)).square_()
-        errors = errors.sum(dim=1, keepdim=True)
+        errors = errors.sum(dim=1, keepdim=True, dtype=torch.float64)  # in any order
         if best is None or best_scales is None or best_errors is None:
             best, best_scales, best_errors = values, scales, errors
             continue
