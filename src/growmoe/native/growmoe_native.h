@@ -93,6 +93,10 @@ struct gm_layer_call {
   int32_t reserved;
 };
 
+// Changes with anything in this file, so that a library of an older checkout is not used.
+enum { GM_VERSION = 1 };
+int32_t gm_version();
+
 // 0 baseline, 1 AVX2, 2 AVX-512, 3 AVX-512 with BF16
 int32_t gm_best_level();
 int32_t gm_level();

@@ -119,6 +119,7 @@ const Kernels& kernels() { return *kLevels[level.load(std::memory_order_relaxed)
 
 extern "C" {
 
+int32_t gm_version() { return GM_VERSION; }
 int32_t gm_best_level() { return best_level(); }
 int32_t gm_level() { return level.load(); }
 int32_t gm_set_level(int32_t wanted) {

@@ -26,6 +26,8 @@ GROUP = 32
 """Inputs that share a scale in int8 and int4."""
 LIBRARY = Path(__file__).parent.parent / "native" / "libgrowmoe.so"
 
+_VERSION = 1
+"""GM_VERSION of the header that the structures below follow."""
 _MIXES = ("none", "sum", "sigmoid_gate", "softmax2")
 _Pointer = ctypes.c_void_p
 _Int = ctypes.c_int32
@@ -97,6 +99,8 @@ def _library() -> ctypes.CDLL | None:
         library = ctypes.CDLL(str(LIBRARY))
     except OSError:  # built for another system
         return None
+    if not hasattr(library, "gm_version") or library.gm_version() != _VERSION:
+        return None  # of another checkout: build it again
     for name in ("gm_best_level", "gm_level"):
         getattr(library, name).argtypes = ()
     library.gm_set_level.argtypes = (_Int,)

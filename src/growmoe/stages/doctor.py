@@ -39,8 +39,8 @@ def run() -> dict[str, Any]:
         advice.append("this torch has no oneDNN product for float32; training uses its slower mm")
     if not native.available():
         advice.append(
-            "the CPU kernels were not compiled, so generating is slower: install g++ and then "
-            "growmoe again (GROWMOE_NATIVE=require shows what is missing)"
+            "the CPU kernels were not compiled (or by another version), so generating is slower: "
+            "install g++, then growmoe again; GROWMOE_NATIVE=require shows what is missing"
         )
     if torch.cuda.is_available() and not _version("triton"):
         advice.append("pip install triton for the kernels of MoE layers on a GPU")
