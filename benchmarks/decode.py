@@ -67,7 +67,7 @@ class Bench:
     """Measures everything, round by round."""
 
     def __init__(self, options: argparse.Namespace) -> None:
-        self.options = options
+        self.options, self.begun = options, time.perf_counter()
         self.sizes = Sizes(**{field: getattr(options, field) for field in FIELDS})
         self.models = Model(options.cache, self.sizes)
         self.samples: Samples = {}
@@ -93,6 +93,12 @@ class Bench:
                     for number in range(self.options.repeats):
                         self._round(form, threads, number)
                     self.pool.close(form, threads)
+                    self.save()
+
+    def save(self) -> None:
+        """What is known so far, to --out."""
+        if self.options.out:
+            self.options.out.write_text(json.dumps(document_of(self)))
 
     def _compare(self, form: str, threads: int) -> None:
         for name in self.options.engines:
@@ -134,13 +140,19 @@ class Bench:
         done = f"[{form}, {threads} threads] round {number + 1} of {self.options.repeats}"
         print(f"{done}, load {os.getloadavg()[0]:.1f}", file=sys.stderr)
 
+    def _probed(self, probe: Key, do: str, **more: Any) -> dict[str, Any]:
+        answer = self.pool.measure(probe, do, **more)
+        if answer is None:
+            raise RuntimeError(f"no ceiling: {self.pool.missing[probe.kind, probe.form]}")
+        return answer
+
     def _limit(self, probe: Key, form: str, case: Case) -> dict[str, float]:
         what, size = case
         if what == "decode":
-            found = self.pool.measure(probe, "bandwidth")["bytes_per_s"]
+            found = self._probed(probe, "bandwidth")["bytes_per_s"]
             ceiling = found * size / self.sizes.step_bytes(size, form)
             return {"bandwidth_gb_s": found / 1e9, "ceiling_tokens_per_s": ceiling}
-        found = self.pool.measure(probe, "products", form=form)["flop_per_s"]
+        found = self._probed(probe, "products", form=form)["flop_per_s"]
         ceiling = found / self.sizes.prefill_flop
         return {"products_gflop_s": found / 1e9, "ceiling_tokens_per_s": ceiling}
 
@@ -265,7 +277,7 @@ def report(document: dict[str, Any]) -> None:
         )
 
 
-def document_of(bench: Bench, seconds: float) -> dict[str, Any]:
+def document_of(bench: Bench) -> dict[str, Any]:
     """Everything in one object."""
     options = bench.options
     order = list(options.engines)
@@ -294,7 +306,8 @@ def document_of(bench: Bench, seconds: float) -> dict[str, Any]:
                 form: {batch: bench.sizes.step_bytes(batch, form) / 1e9 for batch in
                        options.batches} for form in options.forms
             },
-            "engines_are": bench.pool.facts, **environment(), "seconds": seconds,
+            "engines_are": bench.pool.facts, **environment(),
+            "seconds": time.perf_counter() - bench.begun,
         },
     }  # fmt: skip
 
@@ -341,13 +354,10 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 def main() -> int:
     """Measure, print, end in the JSON line."""
-    options, begun = arguments(), time.perf_counter()
-    bench = Bench(options)
+    bench = Bench(arguments())
     bench.run()
-    document = document_of(bench, time.perf_counter() - begun)
+    document = document_of(bench)
     report(document)
-    if options.out:
-        options.out.write_text(json.dumps(document))
     print(json.dumps(document))
     return 0
 

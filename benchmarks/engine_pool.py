@@ -26,6 +26,10 @@ class Key(NamedTuple):
     threads: int
 
 
+class Ended(Exception):
+    """A worker's process is gone."""
+
+
 class Worker:
     """A process that has loaded one model. `missing` says why it could not."""
 
@@ -65,7 +69,7 @@ class Worker:
             return json.loads(line)
         code = self.process.wait()
         last = self.log.read_text(errors="replace").strip().splitlines()[-1:]
-        raise RuntimeError(f"an engine ended with code {code}: {' '.join(last)} (see {self.log})")
+        raise Ended(f"its process ended with code {code}: {' '.join(last)} (see {self.log})")
 
     def cpu_seconds(self) -> float:
         """That the process has used since it started; 0 when it has ended."""
@@ -123,10 +127,19 @@ class Pool:
 
     def measure(self, key: Key, do: str, **more: Any) -> dict[str, Any] | None:
         """One answer, with what every other worker computed in the meantime (`others_cpu`, as a
-        share of one core) and the machine's load; None if this engine cannot."""
-        worker = self.get(key)
-        if worker is None:
+        share of one core) and the machine's load; None if this engine cannot. An engine whose
+        process ends is not asked again: the measurements of the others are worth keeping."""
+        try:
+            worker = self.get(key)
+            return None if worker is None else self._measured(key, worker, do, more)
+        except Ended as error:
+            self.workers.pop(key, None)
+            self.missing[key.kind, key.form] = str(error)
             return None
+
+    def _measured(
+        self, key: Key, worker: Worker, do: str, more: dict[str, Any]
+    ) -> dict[str, Any] | None:
         others = [other for other in self.workers.values() if other is not worker]
         before, begun = sum(other.cpu_seconds() for other in others), time.perf_counter()
         answer = worker.ask(do, **more)

@@ -159,6 +159,28 @@ def test_ours_is_compared_with_the_best_peer_of_each_round() -> None:
 
 
 @pytest.mark.usefixtures("beside")
+def test_an_engine_that_ends_is_left_out_with_its_reason(tmp_path: Path) -> None:
+    from engine_pool import Key, Pool
+
+    script = tmp_path / "worker.py"
+    script.write_text(
+        "import sys\n"
+        """print('{"ready": "x", "versions": {}, "facts": {}}', flush=True)\n"""
+        "input(); sys.exit('lost a wheel')\n"
+    )
+
+    class Models:
+        def of(self, kind: str, form: str) -> Path:
+            return tmp_path
+
+    (tmp_path / "log").write_text("")
+    with Pool(Models(), {}, 2, {}, tmp_path / "log", script) as pool:
+        assert pool.measure(Key("x", "float32", 1), "decode") is None
+        assert pool.measure(Key("x", "float32", 1), "decode") is None
+        assert "lost a wheel" in pool.missing["x", "float32"]
+
+
+@pytest.mark.usefixtures("beside")
 def test_the_bytes_of_a_step_are_those_of_the_active_weights() -> None:
     from random_mixtral import Sizes
 
