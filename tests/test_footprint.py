@@ -1,5 +1,6 @@
 """Memory of serving: worked out before a weight is read, and a refusal that helps."""
 
+import json
 import math
 import re
 from pathlib import Path
@@ -7,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from conftest import tiny_config, write_tiny
+from conftest import growmoe, tiny_config, write_tiny
 from growmoe import memory
 from growmoe.errors import UsageError
 from growmoe.inference import loading
@@ -248,3 +249,16 @@ def test_free_memory_knows_the_limit_of_a_container(
     assert memory.free_memory() == (1 << 20) - (400 << 10)
     (tmp_path / "memory.max").write_text("max\n")
     assert math.isclose(memory.free_memory(), machine, rel_tol=0.5)
+
+
+def test_generate_takes_a_budget_for_experts_and_its_dry_run_says_what_fits(tmp_path: Path) -> None:
+    write_tiny(tmp_path / "m", moe=MOE)
+    arguments = ("generate", tmp_path / "m", "--prompt", "x", "--dry-run", "--json")
+    done = growmoe(*arguments, "--weights", "int4", "--expert-memory", "20K", "--kv-gb", "0.001")
+    assert done.code == 0, done.err
+    plan = json.loads(done.out)["memory"]
+    assert plan["experts_in_memory"] == 20480 // expert_bytes(tiny_config(moe=MOE), "int4")
+    assert plan["total"] <= plan["free"]
+    done = growmoe(*arguments, "--expert-memory", "1K")
+    assert done.code == 2
+    assert "--expert-memory 1.0 KiB holds 0 experts" in done.err

@@ -22,6 +22,10 @@ from growmoe.errors import UsageError
 Weights = Annotated[
     str, typer.Option(help="How the model is held: float32, bfloat16, int8 or int4.")
 ]
+KvGb = Annotated[float | None, typer.Option(help="GiB for keys and values; default: what fits.")]
+ExpertMemory = Annotated[
+    str | None, typer.Option(help="Memory for experts, like 4G; the rest of them stays on disk.")
+]
 MaxTokens = Annotated[int, typer.Option(help="Longest answer.")]
 Temperature = Annotated[float, typer.Option(help="0 takes the likeliest token.")]
 TopK = Annotated[int, typer.Option(help="Only the k likeliest tokens; 0: all.")]
@@ -34,6 +38,8 @@ def generate(
     model: Annotated[str, typer.Argument(help="Model directory or .gguf file.")],
     prompt: Annotated[list[str], typer.Option(help="Text to continue, repeatable.")],
     weights: Weights = "bfloat16",
+    kv_gb: KvGb = None,
+    expert_memory: ExpertMemory = None,
     max_tokens: MaxTokens = 128,
     temperature: Temperature = 0.8,
     top_k: TopK = 0,
@@ -79,6 +85,8 @@ def chat(
     model: Annotated[str, typer.Argument(help="Model directory.")],
     format: Annotated[str, typer.Option(help="auto, template or plain.")] = "auto",
     weights: Weights = "bfloat16",
+    kv_gb: KvGb = None,
+    expert_memory: ExpertMemory = None,
     max_tokens: MaxTokens = 128,
     temperature: Temperature = 0.8,
     top_k: TopK = 0,

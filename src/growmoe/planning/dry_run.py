@@ -6,8 +6,10 @@ from typing import Any
 
 from growmoe.errors import GrowmoeError, UsageError
 from growmoe.files import read_json
+from growmoe.memory import free_memory
 from growmoe.models.config import DTYPE_BYTES, ModelConfig
 from growmoe.models.families import pick_family
+from growmoe.models.footprint import Wanted, admit, parse_size
 from growmoe.models.gguf_tokenizer import tokenizer_fields
 from growmoe.models.safetensors_header import stored_dtype as dtype_of_weights
 from growmoe.models.stored import (
@@ -28,7 +30,7 @@ from growmoe.planning.derived import (
 )
 from growmoe.planning.recipes import config_to_train
 from growmoe.planning.scratch import Spent, scratch_warning, spent_on
-from growmoe.recipe import ExportStage, GrowStage, PrepareStage, TrainStage, UpcycleStage
+from growmoe.recipe import ExportStage, GenerateStage, GrowStage, PrepareStage, TrainStage, UpcycleStage
 
 
 def dry_run(spec: Any, out: Path | None = None) -> dict[str, Any]:
@@ -53,10 +55,22 @@ def dry_run(spec: Any, out: Path | None = None) -> dict[str, Any]:
     for key in models:
         path = Path(getattr(spec, key))
         plan[key] = {"path": str(path), **describe(config_of(path))}
+    if isinstance(spec, GenerateStage):
+        plan["memory"] = _serving(spec)
     for key in ("text", "data", "tasks", "tokens", "prompts", "max_tokens"):
         if getattr(spec, key, None):
             plan[key] = getattr(spec, key)
     return plan
+
+
+def _serving(spec: GenerateStage) -> dict[str, Any]:
+    """Bytes that the model takes while it speaks; raises UsageError when they are not free."""
+    wanted = Wanted(
+        form=spec.weights, kv_gb=spec.kv_gb, max_sequences=64,
+        kv_dtype="float32" if spec.weights == "float32" else "bfloat16",
+        expert_memory=None if spec.expert_memory is None else parse_size(spec.expert_memory),
+    )  # fmt: skip
+    return admit(config_of(Path(spec.model)), wanted, free_memory(), spec.model).report()
 
 
 def _check_texts(spec: Any) -> None:

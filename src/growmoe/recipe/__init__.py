@@ -304,6 +304,11 @@ class GenerateStage(Strict):
     prompts: Annotated[list[str], Field(min_length=1)]
     weights: Literal["float32", "bfloat16", "int8", "int4"] = "bfloat16"
     """How the model is held in memory; int8 and int4 round its weights, in groups of 32."""
+    kv_gb: Positive | None = None
+    """GiB for keys and values; most of the memory that is left when not given."""
+    expert_memory: str | None = None
+    """Memory for routed experts, like 4G; those beyond it stay on disk. All of them when not
+    given."""
     max_tokens: Count = 64
     temperature: NonNegative = 0.8
     """0 takes the likeliest token."""

@@ -21,7 +21,7 @@ def run(
     show: Show = lambda piece: None,
 ) -> dict[str, Any]:
     """Continue every prompt; `show` gets the texts piece by piece, one after another."""
-    llm = LLM(spec.model, spec.weights)
+    llm = LLM(spec.model, spec.weights, kv_gb=spec.kv_gb, expert_memory=spec.expert_memory)
     sampling = Sampling.of(spec)
     for prompt in spec.prompts:
         llm.check(prompt, sampling)
