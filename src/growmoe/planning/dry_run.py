@@ -30,7 +30,14 @@ from growmoe.planning.derived import (
 )
 from growmoe.planning.recipes import config_to_train
 from growmoe.planning.scratch import Spent, scratch_warning, spent_on
-from growmoe.recipe import ExportStage, GenerateStage, GrowStage, PrepareStage, TrainStage, UpcycleStage
+from growmoe.recipe import (
+    ExportStage,
+    GenerateStage,
+    GrowStage,
+    PrepareStage,
+    TrainStage,
+    UpcycleStage,
+)
 
 
 def dry_run(spec: Any, out: Path | None = None) -> dict[str, Any]:
