@@ -103,7 +103,10 @@ def test_bfloat16_without_gradients(name: str) -> None:
     with torch.no_grad():
         got = model(TOKENS).logits
         model.set_experts_implementation("eager")
-        close(got, model(TOKENS).logits, 0.05)
+        want = model(TOKENS).logits
+    # not the largest difference: rounding may turn the choice between two close experts
+    error = (got - want).float().square().mean().sqrt() / want.float().square().mean().sqrt()
+    assert float(error) < 0.05
 
 
 def test_under_autocast(monkeypatch: pytest.MonkeyPatch) -> None:

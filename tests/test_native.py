@@ -166,6 +166,29 @@ def test_experts(
         assert torch.equal(one[0], y[t])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@settings(max_examples=10, deadline=None)
+@given(st.integers(1, 20), st.integers(1, 9), st.integers(1, 140), st.integers(1, 140), st.data())
+def test_plain_experts(dtype: torch.dtype, T: int, E: int, D: int, width: int, data: Any) -> None:
+    """Weights as models have them: row-major, unpacked."""
+    K = data.draw(st.integers(1, E))
+    rng = torch.Generator().manual_seed(T * 100 + E)
+    up = (torch.randn(E, 2 * width, D, generator=rng) * D**-0.5).to(dtype)
+    down = (torch.randn(E, D, width, generator=rng) * width**-0.5).to(dtype)
+    x, shares = torch.randn(T, D, generator=rng).to(dtype), torch.rand(T, K, generator=rng)
+    chosen = torch.rand(T, E, generator=rng).topk(K).indices
+    y = native.plain_experts(x, chosen, shares, up, down)
+    expected = expert_mlp_reference(
+        x.float(), mapping_table(chosen, E), shares, ExpertWeights(up.float(), down.float()),
+        "swiglu",
+    )  # fmt: skip
+    tolerance = 1e-4 if dtype is torch.float32 else 0.05
+    assert torch.allclose(y, expected, atol=tolerance, rtol=tolerance)
+    for t in range(T):
+        one = native.plain_experts(x[t : t + 1], chosen[t : t + 1], shares[t : t + 1], up, down)
+        assert torch.equal(one[0], y[t])
+
+
 def steps(lengths: list[int], chunk: int) -> Iterator[list[tuple[int, int, int]]]:
     """(sequence, start, count) of every step that prefills several sequences in chunks."""
     done = [0] * len(lengths)

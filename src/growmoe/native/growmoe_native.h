@@ -49,6 +49,17 @@ struct gm_combine_call {
   int32_t tokens, top_k, hidden, reserved;
 };
 
+// Experts in ordinary row-major weights: SwiGLU without biases, for few rows per expert.
+struct gm_plain_call {
+  const void* x;     // [tokens, hidden]; x, up and down all float32 or all bfloat16
+  const void* up;    // [count, 2 width, hidden], gate rows first
+  const void* down;  // [count, hidden, width]
+  float* y;          // [tokens, hidden]
+  const int32_t* chosen;  // [tokens, top_k]
+  const float* shares;
+  int32_t tokens, top_k, count, hidden, width, bfloat16;
+};
+
 struct gm_router_call {
   const float* x;  // [tokens, hidden]
   const gm_weight* router;  // float32 [E, hidden]
@@ -94,7 +105,7 @@ struct gm_layer_call {
 };
 
 // Changes with anything in this file, so that a library of an older checkout is not used.
-enum { GM_VERSION = 1 };
+enum { GM_VERSION = 2 };
 int32_t gm_version();
 
 // 0 baseline, 1 AVX2, 2 AVX-512, 3 AVX-512 with BF16
@@ -120,6 +131,7 @@ int32_t gm_route(const gm_router_call* call, int32_t threads);
 int32_t gm_experts(const gm_experts_call* call, int32_t threads);
 int32_t gm_combine(const gm_combine_call* call, int32_t threads);
 int32_t gm_attention(const gm_attention_call* call, int32_t threads);
+int32_t gm_plain_experts(const gm_plain_call* call, int32_t threads);
 int32_t gm_layer(const gm_layer_call* call, int32_t threads);
 
 double gm_read_bandwidth(const void* memory, int64_t bytes, int32_t threads);  // bytes per second

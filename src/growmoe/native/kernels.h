@@ -12,6 +12,7 @@ struct Kernels {
   int (*combine)(const gm_combine_call*, int);
   int (*attention)(const gm_attention_call*, int);
   int (*layer)(const gm_layer_call*, int);
+  int (*plain_experts)(const gm_plain_call*, int);
   double (*bandwidth)(const void*, int64_t, int);
 };
 

@@ -174,6 +174,11 @@ int32_t gm_attention(const gm_attention_call* call, int32_t threads) {
   return kernels().attention(call, threads);
 }
 
+int32_t gm_plain_experts(const gm_plain_call* call, int32_t threads) {
+  Alone alone;
+  return kernels().plain_experts(call, threads);
+}
+
 int32_t gm_layer(const gm_layer_call* call, int32_t threads) {
   Alone alone;
   return kernels().layer(call, threads);

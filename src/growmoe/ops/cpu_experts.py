@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from growmoe.ops import native
 from growmoe.ops.experts import Activation, ExpertWeights, activate, grouped_mm_fits
 from growmoe.ops.mapping import MappingTable, inverse
 from growmoe.ops.products import outer, times, times_transposed
@@ -24,6 +25,9 @@ _FEW_ROWS = {("forward", torch.bfloat16): 16.0, ("backward", torch.bfloat16): 16
 """Rows per expert below which a loop over experts costs more than it saves; there torch's grouped
 product is used, which loops in C++. In a float32 forward pass it never wins, because it does not
 know oneDNN (`benchmarks/moe_layer.py`)."""
+_NATIVE_ROWS = {torch.bfloat16: 8, torch.float32: 4}
+"""Rows per expert, were they spread evenly, up to which the native kernel for row-major weights is
+used where no gradients are taken (`benchmarks/hf_experts.py`)."""
 _AT_ONCE = 1 << 21
 """Elements of routed rows that are gathered in one go, before the loop over experts."""
 
@@ -34,8 +38,22 @@ def cpu_experts(
     """See `experts.expert_mlp`."""
     if torch.is_grad_enabled():
         return _CpuExperts.apply(x_TD, weights_TK, table.order_S, table.counts_E, activation, *w)
+    if table.choices_TK is not None and _native_is_faster(x_TD, table.choices_TK, w, activation):
+        y_TD = native.plain_experts(x_TD, table.choices_TK, weights_TK, w.up_ERD, w.down_EDF)
+        return y_TD.to(x_TD.dtype)
     y_TKD, _, _ = _forward(x_TD, weights_TK, table.order_S, table.counts_E, w, activation)
     return _combined(y_TKD, weights_TK)
+
+
+def _native_is_faster(
+    x_TD: Tensor, choices_TK: Tensor, w: ExpertWeights, activation: Activation
+) -> bool:
+    """Whether the weights are so many that reading them is all the work."""
+    rows = _NATIVE_ROWS.get(x_TD.dtype, 0)
+    if choices_TK.numel() > rows * min(len(w.up_ERD), choices_TK.numel()) or not native.available():
+        return False
+    plain = all(t.dtype is x_TD.dtype and t.is_contiguous() for t in (w.up_ERD, w.down_EDF))
+    return plain and activation == "swiglu" and w.up_bias_ER is None and x_TD.numel() > 0
 
 
 class _CpuExperts(torch.autograd.Function):

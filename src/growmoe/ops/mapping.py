@@ -55,8 +55,10 @@ def mapping_table(experts_TK: Tensor, num_experts: int) -> MappingTable:
     if plain_cpu(flat_S) and num_experts < 2**15:
         # numpy sorts 16-bit keys by radix, in less than half the time of torch's stable sort
         keys_S = flat_S.numpy().astype(np.int16)
-        order_S = torch.from_numpy(np.argsort(keys_S, kind="stable"))
-        return MappingTable(order_S, torch.from_numpy(np.bincount(keys_S, minlength=num_experts)))
+        counts_E = torch.from_numpy(np.bincount(keys_S, minlength=num_experts))
+        return MappingTable(
+            lambda: torch.from_numpy(np.argsort(keys_S, kind="stable")), counts_E, experts_TK
+        )
     return MappingTable(*mapping_table_reference(experts_TK, num_experts), experts_TK)
 
 

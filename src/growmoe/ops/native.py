@@ -26,7 +26,7 @@ GROUP = 32
 """Inputs that share a scale in int8 and int4."""
 LIBRARY = Path(__file__).parent.parent / "native" / "libgrowmoe.so"
 
-_VERSION = 1
+_VERSION = 2
 """GM_VERSION of the header that the structures below follow."""
 _MIXES = ("none", "sum", "sigmoid_gate", "softmax2")
 _Pointer = ctypes.c_void_p
@@ -81,6 +81,14 @@ class _AttentionCall(ctypes.Structure):
     )  # fmt: skip
 
 
+class _PlainCall(ctypes.Structure):
+    _fields_ = (
+        ("x", _Pointer), ("up", _Pointer), ("down", _Pointer), ("y", _Pointer),
+        ("chosen", _Pointer), ("shares", _Pointer), ("tokens", _Int), ("top_k", _Int),
+        ("count", _Int), ("hidden", _Int), ("width", _Int), ("bfloat16", _Int),
+    )  # fmt: skip
+
+
 class _LayerCall(ctypes.Structure):
     _fields_ = (
         ("x", _Pointer), ("y", _Pointer), ("attn_norm", _Pointer), ("mlp_norm", _Pointer),
@@ -115,7 +123,14 @@ def _library() -> ctypes.CDLL | None:
     library.gm_rms_norm.argtypes = (
         _Pointer, _Pointer, _Pointer, _Int, _Int, ctypes.c_float, _Int
     )  # fmt: skip
-    for name in ("gm_route", "gm_experts", "gm_combine", "gm_attention", "gm_layer"):
+    for name in (
+        "gm_route",
+        "gm_experts",
+        "gm_combine",
+        "gm_attention",
+        "gm_layer",
+        "gm_plain_experts",
+    ):
         getattr(library, name).argtypes = (_Pointer, _Int)
     library.gm_read_bandwidth.argtypes = (_Pointer, _Long, _Int)
     library.gm_read_bandwidth.restype = ctypes.c_double
@@ -321,6 +336,23 @@ def combine(rows_TKD: Tensor, shares_TK: Tensor) -> Tensor:
         rows_TKD.data_ptr(), shares_TK.data_ptr(), y_TD.data_ptr(), T, K, D, 0
     )  # fmt: skip
     _check(_loaded().gm_combine(ctypes.byref(call), torch.get_num_threads()))
+    return y_TD
+
+
+def plain_experts(
+    x_TD: Tensor, chosen_TK: Tensor, shares_TK: Tensor, up_ERD: Tensor, down_EDF: Tensor
+) -> Tensor:
+    """As `experts`, for SwiGLU experts in ordinary contiguous weights of x's dtype, float32 or
+    bfloat16 (gate rows of `up` first). Returns float32 [T,D]. Meant for a few rows per expert."""
+    (T, K), (E, D, width) = chosen_TK.shape, down_EDF.shape
+    x_TD, chosen_TK = x_TD.contiguous(), chosen_TK.to(torch.int32).contiguous()
+    shares_TK, y_TD = shares_TK.to(torch.float32).contiguous(), torch.empty(T, D)
+    call = _PlainCall(
+        x_TD.data_ptr(), up_ERD.data_ptr(), down_EDF.data_ptr(), y_TD.data_ptr(),
+        chosen_TK.data_ptr(), shares_TK.data_ptr(), T, K, E, D, width,
+        int(x_TD.dtype is torch.bfloat16),
+    )  # fmt: skip
+    _check(_loaded().gm_plain_experts(ctypes.byref(call), torch.get_num_threads()))
     return y_TD
 
 
