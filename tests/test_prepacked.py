@@ -31,7 +31,7 @@ def test_every_kind_of_model(name: str, form: Form) -> None:
 def test_integers_are_what_quantising_gives() -> None:
     source = InMemory(tiny_model(3))
     layer = build_prepacked(source, "int8").layers[0].attn.q
-    w = source.load("layers.0.attn.q.weight").bfloat16()
+    w = source.load("layers.0.attn.q.weight")
     x = torch.randn(2, w.shape[1]).bfloat16()
     expected = x @ dequantize(quantize(w, 8)).bfloat16().t()
     assert torch.equal(layer(x), expected)

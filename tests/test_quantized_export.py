@@ -22,7 +22,7 @@ from growmoe.models.checkpoint import Directory, build_model, save_model
 from growmoe.models.config import MoEConfig, tensor_shapes
 from growmoe.models.stored import quantized_tensors, quantizing_notes
 from growmoe.models.upcycling import Upcycling
-from growmoe.ops.quantized import GROUP, dequantize, quantize
+from growmoe.ops.quantized import GROUP, dequantize, quantize, stored_or_made
 from growmoe.recipe import ExportStage
 from test_layouts import GROWN_ONLY, LAYERS, LAYOUTS, stage
 
@@ -501,3 +501,15 @@ def test_a_quantised_file_is_what_the_check_measured(worded: Path, tmp_path: Pat
                 heads = wanted.shape[0] // source.config.head_dim
                 wanted = permute(wanted, heads)
             assert torch.equal(part, wanted), member
+
+
+@pytest.mark.parametrize(("form", "bits"), [("int8", 8), ("int4", 4)])
+def test_an_engine_makes_the_integers_that_an_export_stores(
+    form: str, bits: int, mixtral: Path, request: pytest.FixtureRequest
+) -> None:
+    """So serving a model in a form and serving its export are the same."""
+    made, source = Directory(request.getfixturevalue(form)), Directory(mixtral)
+    for name in quantized_tensors(source.config):
+        stored, now = stored_or_made(made, name, bits), stored_or_made(source, name, bits)
+        assert torch.equal(stored.values_NK, now.values_NK)
+        assert torch.equal(stored.scales_NG, now.scales_NG)

@@ -127,7 +127,7 @@ class _Weights(Protocol):
 
 def stored_or_made(source: _Weights, name: str, bits: int) -> Quantized:
     """The integers of `name` as a quantised checkpoint stores them, if they fit `bits`; else made
-    now from the weight rounded to bfloat16."""
+    now, as an export of the same source would make them."""
     load = getattr(source, "load_quantized", None)
     found: Quantized | None = load(name) if load is not None else None
     if found is not None:
@@ -135,7 +135,7 @@ def stored_or_made(source: _Weights, name: str, bits: int) -> Quantized:
         smallest, largest = found.values_NK.aminmax()
         if low <= int(smallest) and int(largest) <= high:
             return found
-    return quantize(source.load(name).to(torch.bfloat16), bits)
+    return quantize(source.load(name), bits)
 
 
 # ---- in words of 32 bits, as the files of compressed-tensors hold them ----
