@@ -16,12 +16,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from conftest import InMemory, tiny_config, tiny_model
+from conftest import InMemory, tiny_config, tiny_model, write_tiny
 from growmoe.errors import GrowmoeError, UsageError
 from growmoe.inference import scratch
+from growmoe.inference.llm import LLM
 from growmoe.inference.offload import ExpertStore, Field, Record
 from growmoe.inference.offloaded import Offload, PackedRecord
 from growmoe.inference.packing import build_packed
+from growmoe.inference.requests import Sampling
 from growmoe.inference.scratch import Scratch
 from growmoe.models.attention import Cache
 from growmoe.models.config import MoEConfig
@@ -466,3 +468,33 @@ def test_a_budget_below_one_tokens_experts_is_refused() -> None:
         Offload(config, "int4", 2 * PackedRecord(config, "int4").record.nbytes - 1)
     with pytest.raises(UsageError, match="dense"):
         Offload(tiny_config(), "int4", 1 << 30)
+
+
+@needs_kernels
+def test_an_engine_with_experts_on_disk_answers_the_same_and_outlives_a_failed_read(
+    tmp_path: Path,
+) -> None:
+    write_tiny(tmp_path / "m", **MODELS["pr-moe"])
+    prompts: list[str | list[int]] = [[1, 2, 3], [7] * 50, [5, 9]]
+    sampling = Sampling(max_tokens=8, temperature=0.0, ignore_eos=True)
+    config = tiny_config(**MODELS["pr-moe"])
+    budget = 3 * PackedRecord(config, "int4").record.nbytes
+
+    def answers(llm: LLM) -> list[tuple[list[int], str | None]]:
+        found = llm.generate(prompts, sampling)
+        return [(answer.samples[0].token_ids, answer.error) for answer in found]
+
+    wanted = answers(LLM(tmp_path / "m", "int4", max_sequences=4))
+    llm = LLM(tmp_path / "m", "int4", max_sequences=4, expert_memory=budget)
+    assert answers(llm) == wanted
+    statistics = llm.expert_statistics()
+    assert statistics is not None
+    assert statistics["misses"] > 0
+    store = llm._experts.store  # type: ignore[union-attr]
+    bad = set(range(12))
+    store._scratch = Broken(store._scratch, bad)  # type: ignore[assignment,arg-type]
+    assert all("cannot be read back" in (error or "") for _, error in answers(llm))
+    bad.clear()
+    assert answers(llm) == wanted
+    llm.close()
+    assert all(error for _, error in answers(llm))
