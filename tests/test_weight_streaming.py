@@ -46,7 +46,7 @@ def test_nothing_of_the_files_stays_mapped_in_a_model(
     if build is build_packed and not native.available():
         pytest.skip("the native kernels are missing")
     moe = MoEConfig(experts=(0, 4, 4), top_k=2, ffn_size=20, mix="softmax2", fixed_ffn_size=30)
-    model = InMemory(tiny_model(moe=moe, mlp_bias=True))
+    model = InMemory(tiny_model(moe=moe, mlp_bias=True, hidden_size=64))
     quantized = "int8" if stored == "int8" else None
     dtype = "bfloat16" if quantized else stored
     write_model(tmp_path, model.config, model.load, dtype, form=quantized)
