@@ -265,7 +265,10 @@ def report(document: dict[str, Any]) -> None:
         print("\nNot measured")
     for entry in document["missing"]:
         print(f"  {entry['engine']} {entry['form']}: {entry['why']}")
-    print("\nFirst greedy tokens (equal ones compute the same model, up to rounding)")
+    print("\nEngines")
+    for kind, facts in document["config"]["engines_are"].items():
+        print(f"  {kind}: {' '.join(f'{name} {value}' for name, value in facts.items())}")
+    print("\nFirst greedy tokens (a random model has near ties: quantised forms may differ)")
     for entry in document["greedy"]:
         print(f"  {entry['form']:10}{entry['engine']:20}{entry['ids']}")
     print("\nTargets (ratio: median of rounds, and best over best)")

@@ -164,6 +164,8 @@ def report(document: dict[str, Any]) -> None:
             f"{row['output_tokens_per_s']:8.1f}{row['goodput_requests_per_s']:8.2f}"
             f"{row['good']:6.0%}"
         )
+    for kind, facts in options["engines_are"].items():
+        print(f"{kind}: {' '.join(f'{name} {value}' for name, value in facts.items())}")
     for entry in document["missing"]:
         print(f"not measured: {entry['engine']}: {entry['why']}")
 

@@ -77,7 +77,6 @@ def experts_forward(
     if torch.is_autocast_enabled(kind):
         dtype = torch.get_autocast_dtype(kind)
     weights = ExpertWeights(up_ERD.to(dtype), down_EDF.to(dtype))
-    # a kernel that reads these row-major weights for a few rows without gradients belongs here
     table = mapping_table(top_k_index, len(up_ERD))
     with without_autocast(hidden_states):
         y_TD = expert_mlp(hidden_states.to(dtype), table, top_k_weights, weights, "swiglu")
