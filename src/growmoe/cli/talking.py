@@ -20,7 +20,11 @@ from growmoe.cli.common import (
 from growmoe.errors import UsageError
 
 Weights = Annotated[
-    str, typer.Option(help="How the model is held: float32, bfloat16, int8 or int4.")
+    str | None,
+    typer.Option(
+        help="How the model is held: float32, bfloat16, int8 or int4; default: as stored when "
+        "quantised, else bfloat16."
+    ),
 ]
 KvGb = Annotated[float | None, typer.Option(help="GiB for keys and values; default: what fits.")]
 ExpertMemory = Annotated[
@@ -37,7 +41,7 @@ Penalty = Annotated[float, typer.Option(help="Above 1: tokens seen become less l
 def generate(
     model: Annotated[str, typer.Argument(help="Model directory or .gguf file.")],
     prompt: Annotated[list[str], typer.Option(help="Text to continue, repeatable.")],
-    weights: Weights = "bfloat16",
+    weights: Weights = None,
     kv_gb: KvGb = None,
     expert_memory: ExpertMemory = None,
     max_tokens: MaxTokens = 128,
@@ -84,7 +88,7 @@ def _silent(piece: str) -> None:
 def chat(
     model: Annotated[str, typer.Argument(help="Model directory.")],
     format: Annotated[str, typer.Option(help="auto, template or plain.")] = "auto",
-    weights: Weights = "bfloat16",
+    weights: Weights = None,
     kv_gb: KvGb = None,
     expert_memory: ExpertMemory = None,
     max_tokens: MaxTokens = 128,
@@ -115,7 +119,7 @@ def chat(
 
 def bench(
     model: Annotated[str, typer.Argument(help="Model directory or .gguf file.")],
-    weights: Weights = "bfloat16",
+    weights: Weights = None,
     kv_dtype: Annotated[
         str | None, typer.Option(help="Keys and values: float32 or bfloat16; default by weights.")
     ] = None,

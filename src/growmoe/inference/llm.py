@@ -22,6 +22,7 @@ from growmoe.inference.requests import (
 )  # fmt: skip
 from growmoe.models.config import ModelConfig
 from growmoe.models.footprint import Wanted, admit, parse_size
+from growmoe.models.stored import serving_form
 
 KV_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 Prompt = str | list[int]
@@ -30,6 +31,7 @@ Prompt = str | list[int]
 class LLM:
     """A MODEL directory with an engine around it.
 
+    `form` is how weights are held; default: as the directory is quantised, else bfloat16.
     `kv_dtype` (default: float32 for form float32, else bfloat16) and `kv_gb` (default: most of
     the memory that the weights leave) say how keys and values are kept; memory is taken as it is
     used, and never more than `max_sequences` whole contexts need. A step computes at most
@@ -44,7 +46,7 @@ class LLM:
     def __init__(
         self,
         path: Path | str | Loaded,
-        form: Form = "bfloat16",
+        form: Form | None = None,
         *,
         kv_dtype: str | None = None,
         kv_gb: float | None = None,
@@ -60,6 +62,8 @@ class LLM:
             raise UsageError("device 'cuda' needs a GPU that torch can use; there is none, use cpu")
         if kv_dtype is not None and kv_dtype not in KV_DTYPES:
             raise UsageError(f"kv_dtype '{kv_dtype}' is not one of {', '.join(KV_DTYPES)}")
+        if not isinstance(path, Loaded):
+            form = serving_form(Path(path), form)
         default = path.kv_dtype if isinstance(path, Loaded) else default_kv_dtype(form)
         dtype = default if kv_dtype is None else KV_DTYPES[kv_dtype]
         wanted = Wanted(

@@ -19,6 +19,7 @@ from growmoe.memory import free_memory
 from growmoe.models.checkpoint import open_source
 from growmoe.models.footprint import Footprint, Wanted, admit
 from growmoe.models.gguf import export_tokenizer
+from growmoe.models.stored import serving_form
 from growmoe.models.transformer import Transformer
 from growmoe.ops.native import FORMS, Form
 
@@ -55,13 +56,16 @@ class Loaded:
     report: LoadReport | None = None
 
 
-def load(path: Path, form: Form, wanted: Wanted | None = None, device: str = "cpu") -> Loaded:
+def load(
+    path: Path, form: Form | None, wanted: Wanted | None = None, device: str = "cpu"
+) -> Loaded:
     """Read a MODEL directory or .gguf file with its weights in `form` on `device`.
 
     A directory without tokenizer.json gives a model for token ids only. Raises UsageError before a
     weight is read when serving it as `wanted` does not fit into the memory that is free, and
     GrowmoeError when experts that are to lie on disk do not fit there.
     """
+    form = serving_form(path, form)
     if form not in FORMS:
         raise UsageError(f"weights '{form}' are none of {', '.join(FORMS)}")
     source = open_source(path, mapped=True)
@@ -89,7 +93,7 @@ def free_on(device: str) -> int:
     return free_memory() if device == "cpu" else torch.cuda.mem_get_info()[0]
 
 
-def default_kv_dtype(form: Form) -> torch.dtype:
+def default_kv_dtype(form: Form | None) -> torch.dtype:
     """What keys and values are kept in when nobody says."""
     return torch.float32 if form == "float32" else torch.bfloat16
 

@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from growmoe.errors import GrowmoeError, UsageError
+from growmoe.files import read_json
 from growmoe.models.config import ModelConfig, tensor_shapes
 from growmoe.models.families import empty_tensors, hf_name
-from growmoe.models.footprint import GROUP
+from growmoe.models.footprint import GROUP, Form
 from growmoe.models.safetensors_header import Stored
 
 QuantizedForm = Literal["int8", "int4"]
@@ -163,6 +164,15 @@ def quantized_form(raw: Mapping[str, Any], where: Path) -> QuantizedForm | None:
         if BITS[form] == bits:
             return "int8" if form == "int8" else "int4"
     raise GrowmoeError(f"{where}: {place}.weights.num_bits is {bits!r}; 8 and 4 are read")
+
+
+def serving_form(path: Path, asked: Form | None) -> Form:
+    """How a model is held in memory: as asked, else as its directory is quantised, or bfloat16."""
+    if asked is not None:
+        return asked
+    config = path / "config.json"
+    found = quantized_form(read_json(config), config) if config.exists() else None
+    return found or "bfloat16"
 
 
 def _demand(found: Any, wanted: dict[str, Any], where: Path, place: str) -> None:

@@ -17,6 +17,7 @@ from growmoe.models.stored import (
     QuantizedForm,
     quantized_form,
     quantizing_notes,
+    serving_form,
     stored_bytes,
     why_rounded,
 )
@@ -72,9 +73,10 @@ def dry_run(spec: Any, out: Path | None = None) -> dict[str, Any]:
 
 def _serving(spec: GenerateStage) -> dict[str, Any]:
     """Bytes that the model takes while it speaks; raises UsageError when they are not free."""
+    form = serving_form(Path(spec.model), spec.weights)
     wanted = Wanted(
-        form=spec.weights, kv_gb=spec.kv_gb, max_sequences=64,
-        kv_dtype="float32" if spec.weights == "float32" else "bfloat16",
+        form=form, kv_gb=spec.kv_gb, max_sequences=64,
+        kv_dtype="float32" if form == "float32" else "bfloat16",
         expert_memory=None if spec.expert_memory is None else parse_size(spec.expert_memory),
     )  # fmt: skip
     return admit(config_of(Path(spec.model)), wanted, free_memory(), spec.model).report()

@@ -14,6 +14,7 @@ from growmoe.errors import GrowmoeError, UsageError
 from growmoe.memory import free_memory
 from growmoe.models.config import ModelConfig
 from growmoe.models.footprint import FORMS, Form, Wanted, footprint
+from growmoe.models.stored import serving_form
 from growmoe.planning.derived import config_of, describe
 
 if TYPE_CHECKING:
@@ -29,7 +30,8 @@ class BenchOptions:
     """What to measure; raises UsageError for what cannot be."""
 
     model: str
-    weights: Form = "bfloat16"
+    weights: Form | None = None
+    """None: as the directory is quantised, else bfloat16."""
     kv_dtype: str | None = None
     batch: tuple[int, ...] = (1, 8)
     prompt_tokens: int = 512
@@ -40,7 +42,7 @@ class BenchOptions:
 
     def __post_init__(self) -> None:
         """Check every field, and that prompt and answer fit the model's context."""
-        if self.weights not in FORMS:
+        if self.form not in FORMS:
             raise UsageError(f"weights '{self.weights}' are none of {', '.join(FORMS)}")
         if self.kv_dtype is not None and self.kv_dtype not in KV_DTYPES:
             raise UsageError(f"kv-dtype '{self.kv_dtype}' is not one of {', '.join(KV_DTYPES)}")
@@ -64,6 +66,11 @@ class BenchOptions:
             )
 
     @property
+    def form(self) -> Form:
+        """How the weights are held."""
+        return serving_form(Path(self.model), self.weights)
+
+    @property
     def config(self) -> ModelConfig:
         """The model's shape."""
         return config_of(Path(self.model))
@@ -71,9 +78,9 @@ class BenchOptions:
     @property
     def wanted(self) -> Wanted:
         """What serving it this way takes."""
-        kv = self.kv_dtype or ("float32" if self.weights == "float32" else "bfloat16")
+        kv = self.kv_dtype or ("float32" if self.form == "float32" else "bfloat16")
         return Wanted(
-            form=self.weights, kv_dtype=kv, step_tokens=self.step_tokens,
+            form=self.form, kv_dtype=kv, step_tokens=self.step_tokens,
             max_sequences=max(self.batch), context=self.prompt_tokens + self.tokens,
         )  # fmt: skip
 
@@ -90,8 +97,8 @@ def dry_run(options: BenchOptions) -> dict[str, Any]:
     """What would be measured, and the memory that it takes; reads no weights."""
     memory = footprint(options.config, options.wanted, free_memory())
     return {
-        "dry_run": True, **dataclasses.asdict(options), **describe(options.config),
-        "memory": memory.report(),
+        "dry_run": True, **dataclasses.asdict(options), "weights": options.form,
+        **describe(options.config), "memory": memory.report(),
     }  # fmt: skip
 
 
@@ -127,6 +134,7 @@ def run(options: BenchOptions) -> dict[str, Any]:
         )  # fmt: skip
     return {
         **dataclasses.asdict(options),
+        "weights": options.form,
         "kv_dtype": options.wanted.kv_dtype,
         **(llm.load_report.report() if llm.load_report else {}),
         "params_total": llm.config.params_total(),
