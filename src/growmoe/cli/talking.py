@@ -26,6 +26,7 @@ Weights = Annotated[
         "quantised, else bfloat16."
     ),
 ]
+Device = Annotated[str, typer.Option(help="cpu or cuda.")]
 KvGb = Annotated[float | None, typer.Option(help="GiB for keys and values; default: what fits.")]
 ExpertMemory = Annotated[
     str | None, typer.Option(help="Memory for experts, like 4G; the rest of them stays on disk.")
@@ -42,6 +43,7 @@ def generate(
     model: Annotated[str, typer.Argument(help="Model directory or .gguf file.")],
     prompt: Annotated[list[str], typer.Option(help="Text to continue, repeatable.")],
     weights: Weights = None,
+    device: Device = "cpu",
     kv_gb: KvGb = None,
     expert_memory: ExpertMemory = None,
     max_tokens: MaxTokens = 128,
@@ -89,6 +91,7 @@ def chat(
     model: Annotated[str, typer.Argument(help="Model directory.")],
     format: Annotated[str, typer.Option(help="auto, template or plain.")] = "auto",
     weights: Weights = None,
+    device: Device = "cpu",
     kv_gb: KvGb = None,
     expert_memory: ExpertMemory = None,
     max_tokens: MaxTokens = 128,
@@ -120,6 +123,7 @@ def chat(
 def bench(
     model: Annotated[str, typer.Argument(help="Model directory or .gguf file.")],
     weights: Weights = None,
+    device: Device = "cpu",
     kv_dtype: Annotated[
         str | None, typer.Option(help="Keys and values: float32 or bfloat16; default by weights.")
     ] = None,

@@ -23,6 +23,7 @@ from growmoe.inference.requests import (
 from growmoe.models.config import ModelConfig
 from growmoe.models.footprint import Wanted, admit, parse_size
 from growmoe.models.stored import serving_form
+from growmoe.recipe import GenerateStage
 
 KV_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 Prompt = str | list[int]
@@ -94,6 +95,20 @@ class LLM:
             prefix_reuse=prefix_reuse,
         )  # fmt: skip
         self._inbox: dict[int, deque[Output]] = {}
+
+    @classmethod
+    def of(cls, spec: GenerateStage) -> "LLM":
+        """The model that a stage asks for."""
+        return cls(
+            spec.model, spec.weights, device=spec.device, kv_gb=spec.kv_gb,
+            expert_memory=spec.expert_memory,
+        )  # fmt: skip
+
+    def serving(self) -> dict[str, object]:
+        """For a JSON line: how long loading took, and how experts on disk were found."""
+        report = self.load_report.report() if self.load_report else {}
+        experts = self.expert_statistics()
+        return {**report, **({"experts": experts} if experts else {})}
 
     def expert_statistics(self) -> dict[str, float] | None:
         """How often experts were found in memory, and what reading took; None where none is on

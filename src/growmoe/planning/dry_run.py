@@ -63,7 +63,7 @@ def dry_run(spec: Any, out: Path | None = None) -> dict[str, Any]:
     for key in models:
         path = Path(getattr(spec, key))
         plan[key] = {"path": str(path), **describe(config_of(path))}
-    if isinstance(spec, GenerateStage):
+    if isinstance(spec, GenerateStage) and spec.device == "cpu":
         plan["memory"] = _serving(spec)
     for key in ("text", "data", "tasks", "tokens", "prompts", "max_tokens"):
         if getattr(spec, key, None):

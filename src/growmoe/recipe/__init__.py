@@ -305,6 +305,7 @@ class GenerateStage(Strict):
     weights: Literal["float32", "bfloat16", "int8", "int4"] | None = None
     """How the model is held in memory; int8 and int4 round its weights, in groups of 32. Default:
     as its directory is quantised, else bfloat16."""
+    device: Literal["cpu", "cuda"] = "cpu"
     kv_gb: Positive | None = None
     """GiB for keys and values; most of the memory that is left when not given."""
     expert_memory: str | None = None

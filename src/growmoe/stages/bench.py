@@ -32,6 +32,7 @@ class BenchOptions:
     model: str
     weights: Form | None = None
     """None: as the directory is quantised, else bfloat16."""
+    device: str = "cpu"
     kv_dtype: str | None = None
     batch: tuple[int, ...] = (1, 8)
     prompt_tokens: int = 512
@@ -115,7 +116,7 @@ def run(options: BenchOptions) -> dict[str, Any]:
     from growmoe.ops import native
 
     llm = LLM(
-        options.model, options.weights, kv_dtype=options.kv_dtype,
+        options.model, options.weights, kv_dtype=options.kv_dtype, device=options.device,
         max_sequences=max(options.batch), step_tokens=options.step_tokens,
     )  # fmt: skip
     _check_room(llm, options)

@@ -31,7 +31,7 @@ def run(
     path, asked = Path(spec.model), Sampling.of(spec)
     if path.is_dir() and not (path / "tokenizer.json").exists():
         raise UsageError(f"{path} holds no tokenizer.json, so it cannot read what is typed")
-    llm = LLM(path, spec.weights, kv_gb=spec.kv_gb, expert_memory=spec.expert_memory)
+    llm = LLM.of(spec)
     render = _renderer(path, format)
     kind = "its chat template" if render else "plain continuation: a base model, it has no dialogue"
     print(f"{path}: {kind}. {HELP}", file=sys.stderr)

@@ -21,7 +21,7 @@ def run(
     show: Show = lambda piece: None,
 ) -> dict[str, Any]:
     """Continue every prompt; `show` gets the texts piece by piece, one after another."""
-    llm = LLM(spec.model, spec.weights, kv_gb=spec.kv_gb, expert_memory=spec.expert_memory)
+    llm = LLM.of(spec)
     sampling = Sampling.of(spec)
     for prompt in spec.prompts:
         llm.check(prompt, sampling)
@@ -37,7 +37,7 @@ def run(
     for number, prompt in enumerate(spec.prompts):
         for index in range(spec.n):
             samples.append(_entry(prompt, found[number, index], spec))
-    return {**sizes(llm.config), "tokens": 0, "flops": 0, "samples": samples}
+    return {**sizes(llm.config), "tokens": 0, "flops": 0, "samples": samples, **llm.serving()}
 
 
 def _entry(prompt: str, sample: Sample, spec: GenerateStage) -> dict[str, Any]:
