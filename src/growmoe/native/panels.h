@@ -22,6 +22,12 @@ constexpr int most_rows(int form) {
   return form == GM_INT4 ? ROWS_INT4 : form == GM_INT8 ? ROWS_INT8 : ROWS;
 }
 
+// Rows at a time when there are `rows` in all: as even as can be.
+static inline int even_rows(int form, int rows) {
+  int most = most_rows(form), passes = (rows + most - 1) / most;
+  return passes ? (rows + passes - 1) / passes : 1;
+}
+
 static inline int padded(int k) { return (k + GROUP - 1) / GROUP * GROUP; }
 
 constexpr int64_t kInt8Group = 2 * PANEL + PANEL * GROUP;
@@ -36,6 +42,14 @@ static inline int64_t panel_bytes(int form, int k) {
   }
 }
 
+// With several rows the loop is too long for the processor to run ahead of it far enough by itself.
+// Weights of one tensor follow each other, so what lies ahead is what comes next.
+template <int M>
+static inline void fetch(const char* w, int bytes) {
+  if constexpr (M > 2)
+    for (int i = 0; i < bytes; i += 64) __builtin_prefetch(w + i + 8192);
+}
+
 // x[m]: a row, float32 for float32 weights, else bfloat16 in pairs with zeros up to padded(k)
 template <int M>
 static inline void panel_float32(const char* w, const void* const* x, int k, vf (&acc)[M][V]) {
@@ -44,6 +58,7 @@ static inline void panel_float32(const char* w, const void* const* x, int k, vf 
 #pragma GCC unroll 4
   for (int i = 0; i < k; ++i) {
     vf values[V];
+    fetch<M>(w + i * PANEL * 4LL, PANEL * 4);
     for (int v = 0; v < V; ++v) values[v] = load<vf>(w + (i * PANEL + v * W) * 4LL);
 #pragma GCC unroll 16
     for (int m = 0; m < M; ++m)
@@ -59,6 +74,7 @@ static inline void panel_bfloat16(const char* w, const void* const* x, int k, vf
 #pragma GCC unroll 4
   for (int i = 0; i < pairs; ++i) {
     Pair values[V];
+    fetch<M>(w + i * PANEL * 4LL, PANEL * 4);
     for (int v = 0; v < V; ++v) values[v] = pair_of(load<vu>(w + (i * PANEL + v * W) * 4LL));
 #pragma GCC unroll 16
     for (int m = 0; m < M; ++m)
@@ -82,6 +98,7 @@ static inline void panel_int8(const char* w, const void* const* x, int k, vf (&a
   for (int m = 0; m < M; ++m) rows[m] = static_cast<const uint32_t*>(x[m]);
   for (int group = 0; group < padded(k) / GROUP; ++group, w += kInt8Group) {
     vf sums[2][M][V] = {};
+    fetch<M>(w, kInt8Group);
     const char* place = w + 2 * PANEL;
 #pragma GCC unroll 2
     for (int i = 0; i < GROUP / 2; i += 2) {
@@ -121,6 +138,7 @@ static inline void panel_int4(const char* w, const void* const* x, int k, vf (&a
 #endif
   for (int group = 0; group < padded(k) / GROUP; ++group, w += kInt4Group) {
     vf sums[2][M][V] = {};
+    fetch<M>(w, kInt4Group);
 #pragma GCC unroll 4
     for (int q = 0; q < 4; ++q) {
       vu words[V];
