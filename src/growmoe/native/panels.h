@@ -42,11 +42,11 @@ static inline int64_t panel_bytes(int form, int k) {
   }
 }
 
-// With several rows the loop is too long for the processor to run ahead of it far enough by itself.
-// Weights of one tensor follow each other, so what lies ahead is what comes next.
-template <int M>
+// Where a step is long (several rows, or integers to unpack) the processor does not run ahead of it
+// far enough by itself. Weights of one tensor follow each other: what lies ahead is what comes next.
+template <int M, bool INTEGERS = false>
 static inline void fetch(const char* w, int bytes) {
-  if constexpr (M > 2)
+  if constexpr (M > 2 || INTEGERS)
     for (int i = 0; i < bytes; i += 64) __builtin_prefetch(w + i + 8192);
 }
 
@@ -98,7 +98,7 @@ static inline void panel_int8(const char* w, const void* const* x, int k, vf (&a
   for (int m = 0; m < M; ++m) rows[m] = static_cast<const uint32_t*>(x[m]);
   for (int group = 0; group < padded(k) / GROUP; ++group, w += kInt8Group) {
     vf sums[2][M][V] = {};
-    fetch<M>(w, kInt8Group);
+    fetch<M, true>(w, kInt8Group);
     const char* place = w + 2 * PANEL;
 #pragma GCC unroll 2
     for (int i = 0; i < GROUP / 2; i += 2) {
@@ -138,7 +138,7 @@ static inline void panel_int4(const char* w, const void* const* x, int k, vf (&a
 #endif
   for (int group = 0; group < padded(k) / GROUP; ++group, w += kInt4Group) {
     vf sums[2][M][V] = {};
-    fetch<M>(w, kInt4Group);
+    fetch<M, true>(w, kInt4Group);
 #pragma GCC unroll 4
     for (int q = 0; q < 4; ++q) {
       vu words[V];
