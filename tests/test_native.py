@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from conftest import InMemory, tiny_model
+from growmoe.errors import UsageError
 from growmoe.inference.packing import build_packed
 from growmoe.inference.paged import PagedBatch, PagedCache, Span
 from growmoe.models.attention import Cache, attend
@@ -351,6 +352,27 @@ def test_quantising_is_bit_equal_to_torch(N: int, K: int, bits: int, exponent: i
     found, expected = quantize(w, bits), quantize_reference(w, bits)
     assert torch.equal(found.scales_NG, expected.scales_NG)
     assert torch.equal(found.values_NK, expected.values_NK)
+
+
+def test_routers_and_norms_are_not_rounded() -> None:
+    source = InMemory(tiny_model(3, **MODELS["moe"]))
+    model = build_packed(source, "int4")
+    router = model.layers[1].moe.router.weight
+    expected = native.pack(source.load("layers.1.moe.router.weight"), "float32")
+    assert torch.equal(router.data, expected.data)
+    assert torch.equal(model.norm.weight_D, source.load("norm.weight"))
+
+
+def test_heads_that_are_too_wide() -> None:
+    source = InMemory(tiny_model(3, num_heads=1, num_kv_heads=1, head_dim=514))
+    with pytest.raises(UsageError, match="GROWMOE_NATIVE=0"):
+        build_packed(source, "float32")
+
+
+def test_no_tokens() -> None:
+    for form in native.FORMS:
+        weight = packed(torch.randn(40, 30), form)[0]
+        assert native.linear(torch.empty(0, 30), weight).shape == (0, 40)
 
 
 def test_kernels_work_in_a_forked_child() -> None:

@@ -1,7 +1,7 @@
 """The Transformer with its leaf modules exchanged for the native kernels of `ops.native`.
 
 The skeleton stays that of `models.transformer`; norms, attention, feed-forwards and the head become
-modules that hold packed weights (one copy) and compute in float32. Weights come from a Source one
+modules that hold packed weights (one copy) and add up in float32. Weights come from a Source one
 by one, so that memory holds the packed model and one tensor.
 
 Letters: T tokens, D hidden, H query heads, G key/value heads, C head dim, E experts, K experts per
@@ -14,6 +14,7 @@ from typing import Protocol, TypeGuard, cast
 import torch
 from torch import Tensor, nn
 
+from growmoe.errors import UsageError
 from growmoe.inference.offloaded import Offload
 from growmoe.models.attention import Cache, LayerNorm, attend, rotate
 from growmoe.models.checkpoint import Source
@@ -51,11 +52,8 @@ class Reader:
         self.source, self.form = source, form
 
     def exact(self, name: str) -> Tensor:
-        """A copy of the tensor in float32, rounded to bfloat16 first unless the form is float32."""
-        tensor = self.source.load(name)
-        if self.form != "float32":
-            tensor = tensor.to(torch.bfloat16)
-        return tensor.to(torch.float32, copy=True)
+        """A copy of the tensor in float32."""
+        return self.source.load(name).to(torch.float32, copy=True)
 
     def packed(
         self, names: Sequence[str], join: Join = lambda *rows: torch.cat(rows),
@@ -87,6 +85,11 @@ def build_packed(source: Source, form: Form, offload: Offload | None = None) -> 
     stay as they are, the embedding stays a table, and the head of an int4 model has int8. With
     `offload` the routed experts lie there."""
     config, read = source.config, Reader(source, form)
+    if config.head_dim > native.MOST_HEAD_DIM:
+        raise UsageError(
+            f"heads of {config.head_dim} are wider than {native.MOST_HEAD_DIM}, which is what the "
+            "native kernels take; GROWMOE_NATIVE=0 serves this model without them"
+        )
     with torch.device("meta"):
         model = Transformer(config)
     exchange(model, embed=PackedEmbedding(source.load("embed.weight"), form))

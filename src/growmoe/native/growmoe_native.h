@@ -113,7 +113,7 @@ int32_t gm_best_level();
 int32_t gm_level();
 int32_t gm_set_level(int32_t level);  // returns the level in use
 
-// Calls return 0, or 1 when there was no memory for their scratch.
+// Calls return 0, or 1 when there was no memory for their scratch. Head dims go up to 512.
 int64_t gm_packed_bytes(int32_t form, int32_t n, int32_t k);
 // `source`: float32 [n,k] (forms float32, bfloat16) or int8 [n,k] with bfloat16 scales [n, k/32]
 void gm_pack(int32_t form, int32_t n, int32_t k, const void* source, const uint16_t* scales,

@@ -4,6 +4,7 @@
 #include <sched.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <condition_variable>
 #include <cstdlib>
 #include <mutex>
@@ -32,7 +33,7 @@ struct Pool {
   std::atomic<int> sleeping{0};
   std::atomic<int> running{0};
   Job* job = nullptr;
-  std::vector<std::pair<void*, int64_t>> memory;
+  std::pair<void*, int64_t> memory[16] = {};  // by slot
 
   void work(int thread, uint64_t seen) {
     for (;;) {
@@ -104,8 +105,17 @@ void run(Job& job) {
   while (static_cast<int>(p.workers.size()) < job.threads - 1) {
     int thread = static_cast<int>(p.workers.size()) + 1;
     uint64_t seen = p.epoch.load();
-    p.workers.emplace_back([&p, thread, seen] { p.work(thread, seen); });
+    try {
+      p.workers.emplace_back([&p, thread, seen] { p.work(thread, seen); });
+    } catch (...) {  // no more threads are to be had
+      break;
+    }
     p.workers.back().detach();
+  }
+  job.threads = std::min<int>(job.threads, static_cast<int>(p.workers.size()) + 1);
+  if (job.threads == 1) {
+    job.run(job, 0);
+    return;
   }
   p.job = &job;
   p.running.store(job.threads - 1, std::memory_order_release);
@@ -126,9 +136,8 @@ void run(Job& job) {
 }
 
 void* scratch(int slot, int64_t bytes) {
-  std::vector<std::pair<void*, int64_t>>& memory = pool->memory;
-  if (static_cast<int>(memory.size()) <= slot) memory.resize(slot + 1, {nullptr, 0});
-  auto& [place, size] = memory[slot];
+  auto& [place, size] = pool->memory[slot];
+  bytes = std::max<int64_t>(bytes, 1);
   if (size < bytes) {
     std::free(place);
     int64_t wanted = (bytes + bytes / 4 + 4095) / 4096 * 4096;

@@ -38,19 +38,22 @@ def cpu_experts(
     """See `experts.expert_mlp`."""
     if torch.is_grad_enabled():
         return _CpuExperts.apply(x_TD, weights_TK, table.order_S, table.counts_E, activation, *w)
-    if table.choices_TK is not None and _native_is_faster(x_TD, table.choices_TK, w, activation):
-        y_TD = native.plain_experts(x_TD, table.choices_TK, weights_TK, w.up_ERD, w.down_EDF)
+    choices_TK, S = table.choices_TK, weights_TK.numel()
+    if choices_TK is not None and _native_is_faster(x_TD, table, S, w, activation):
+        y_TD = native.plain_experts(x_TD, choices_TK, weights_TK, w.up_ERD, w.down_EDF)
         return y_TD.to(x_TD.dtype)
     y_TKD, _, _ = _forward(x_TD, weights_TK, table.order_S, table.counts_E, w, activation)
     return _combined(y_TKD, weights_TK)
 
 
 def _native_is_faster(
-    x_TD: Tensor, choices_TK: Tensor, w: ExpertWeights, activation: Activation
+    x_TD: Tensor, table: MappingTable, S: int, w: ExpertWeights, activation: Activation
 ) -> bool:
     """Whether the weights are so many that reading them is all the work."""
-    rows = _NATIVE_ROWS.get(x_TD.dtype, 0)
-    if choices_TK.numel() > rows * min(len(w.up_ERD), choices_TK.numel()) or not native.available():
+    rows, E = _NATIVE_ROWS.get(x_TD.dtype, 0), len(w.up_ERD)
+    if rows * min(E, S) < S or not native.available():
+        return False
+    if len(table.counts_E) != E:  # a choice of none of these experts
         return False
     plain = all(t.dtype is x_TD.dtype and t.is_contiguous() for t in (w.up_ERD, w.down_EDF))
     return plain and activation == "swiglu" and w.up_bias_ER is None and x_TD.numel() > 0

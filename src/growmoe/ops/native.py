@@ -1,8 +1,9 @@
 """The CPU kernels of `growmoe/native`, called through their plain C interface.
 
 They are compiled when the package is built; where they are not, `available()` is False and callers
-use torch. Activations are float32; weights are packed once, in float32, bfloat16, int8 or int4. A
-row of any result has the same bits alone and in any batch, because every kernel adds up in an order
+use torch. What goes in and comes out is float32, and sums are; weights are packed once, in float32,
+bfloat16, int8 or int4, and all but the first are multiplied with inputs rounded to bfloat16. A row
+of any result has the same bits alone and in any batch, because every kernel adds up in an order
 that depends on the weights' shape only.
 """
 
@@ -22,6 +23,8 @@ from growmoe.errors import GrowmoeError
 Form = Literal["float32", "bfloat16", "int8", "int4"]
 FORMS: tuple[Form, ...] = ("float32", "bfloat16", "int8", "int4")
 LEVELS = ("baseline", "avx2", "avx512", "avx512_bf16")
+MOST_HEAD_DIM = 512
+"""The largest head that the attention kernel takes."""
 GROUP = 32
 """Inputs that share a scale in int8 and int4."""
 LIBRARY = Path(__file__).parent.parent / "native" / "libgrowmoe.so"
@@ -492,7 +495,8 @@ class Layer:
         self, x_TD: Tensor, rotary_2TC: Tensor | None, keys: Tensor, values: Tensor, ragged: Ragged
     ) -> tuple[Tensor, Routed | None]:
         """The new residual stream [T,D], and what the router decided."""
-        T, call = x_TD.shape[0], self.call
+        # a copy: another thread may run the same layer
+        T, call = x_TD.shape[0], _LayerCall.from_buffer_copy(self.call)
         y_TD = torch.empty_like(x_TD)
         call.x, call.y, call.tokens = x_TD.data_ptr(), y_TD.data_ptr(), T
         attention = call.attention

@@ -3,8 +3,8 @@
 Every span of a step (one sequence's new tokens) reads its own blocks through its own row of the
 block table; starts, counts and tables are tensors on the device, so nothing is asked of it and a
 CUDA graph can be replayed with other contents. Sums and softmax are float32. Long contexts are
-split over several programs by the width of the table alone, so that what a sequence gets does not
-depend on its neighbours. Inference only.
+split over several programs by the width of the table: where that is fixed (CUDA graphs), what a
+sequence gets does not depend on its neighbours, else up to rounding. Inference only.
 
 Letters: N new tokens of all sequences, S sequences, M blocks a table row can name, H query heads,
 K key/value heads, C head dim. Keys of a layer are [blocks,K,C,16], values [blocks,K,16,C].
