@@ -325,6 +325,9 @@ class PackedBlock(nn.Module):
         attn, norms, ffn = block.attn, (block.attn_norm, block.mlp_norm), block.moe or block.mlp
         assert isinstance(attn, PackedAttention)
         assert isinstance(ffn, PackedMoE | PackedMLP)
+        # outside torch's registry of children, which is slow to look things up in
+        self._index: int = attn.layer
+        self._moe: tuple[PackedMoE | None] = (ffn if isinstance(ffn, PackedMoE) else None,)
         on_disk = isinstance(ffn, PackedMoE) and ffn.offloaded is not None
         plain = attn.over_all or not all(isinstance(norm, PackedNorm) for norm in norms)
         if not plain and not on_disk:
@@ -337,8 +340,7 @@ class PackedBlock(nn.Module):
     @property
     def moe(self) -> "PackedMoE | None":
         """The mixture of experts inside, if any."""
-        found = self.block.moe
-        return found if isinstance(found, PackedMoE) else None
+        return self._moe[0]
 
     def forward(
         self, x_BTD: Tensor, rotary: Tensor | None, cache: Cache | None,
@@ -347,9 +349,8 @@ class PackedBlock(nn.Module):
         """As `models.transformer.Block`."""
         if self.layer is None or not is_ragged(cache):
             return self.block(x_BTD, rotary, cache, real_BS)
-        keys, values = cache.cache.keys, cache.cache.values
-        index = self.block.attn.layer
-        y_TD, routed = self.layer.run(x_BTD[0], rotary, keys[index], values[index], cache)
-        moe = self.moe
+        keys, values = cache.cache.keys[self._index], cache.cache.values[self._index]
+        y_TD, routed = self.layer.run(x_BTD[0], rotary, keys, values, cache)
+        moe = self._moe[0]
         observed = moe.observed(routed, 1) if moe and moe.observe and routed else None
         return y_TD[None], observed

@@ -76,14 +76,17 @@ def rotary_tables(config: ModelConfig, positions_T: Tensor, dtype: torch.dtype) 
 
 
 def _frequencies_on(config: ModelConfig, device: torch.device) -> Tensor:
-    """The copy to a GPU would make every step wait, and cannot be part of a CUDA graph: it is made
-    once. (Powers computed there could differ in the last bit, which far positions would show.)"""
-    if device.type == "cpu":
-        return inverse_frequencies(config)
+    """Made once: a dozen operators a step; and to a GPU the copy would make every step wait, and
+    cannot be part of a CUDA graph. (Powers computed there could differ in the last bit, which far
+    positions would show.)"""
     key = (config.head_dim, config.rope_theta, str(config.rope_scaling), device)
-    if key not in _FREQUENCIES:
-        _FREQUENCIES[key] = inverse_frequencies(config).to(device)
-    return _FREQUENCIES[key]
+    found = _FREQUENCIES.get(key)
+    if found is None:
+        with torch.inference_mode(False):  # training may come after inference
+            found = inverse_frequencies(config).to(device)
+        if type(found) is Tensor:  # no fake one
+            _FREQUENCIES[key] = found
+    return found
 
 
 _FREQUENCIES: dict[tuple[int, float, str, torch.device], Tensor] = {}
