@@ -13,9 +13,10 @@ import pytest
 import torch
 import transformers
 
-from conftest import ROOT, fresh_growmoe, growmoe, write_tiny
+from conftest import ROOT, fresh_growmoe, growmoe, tiny_config, write_tiny
 from growmoe.cli import main
 from growmoe.models.checkpoint import load_model
+from growmoe.models.footprint import block_bytes
 
 
 @pytest.fixture(scope="module")
@@ -143,9 +144,13 @@ def test_verify_says_when_models_differ(dense: Path, corpus: Path, tmp_path: Pat
         (["generate", "{dense}", "--prompt", "a", "--top-p", "2"], 2, "top_p"),
         (["generate", "{dense}", "--prompt", "a", "--top-k", "-1"], 2, "top_k"),
         (["generate", "{dense}", "--prompt", "a", "--min-p", "1.5"], 2, "min_p"),
-        (["generate", "{dense}", "--prompt", "a", "--repetition-penalty", "0"], 2,
+        (["generate", "{dense}", "--prompt", "a", "--repetition-penalty", "1e-39"], 2,
          "repetition_penalty"),
         (["generate", "{dense}", "--prompt", "a", "--stop", ""], 2, "stop"),
+        (["generate", "{dense}", "--prompt", "a", "--device", "cuda", "--dry-run",
+          "--expert-memory", "4X"], 2, "'4X' is no size"),
+        (["generate", "{dense}", "--prompt", "a", "--device", "cuda", "--dry-run",
+          "--expert-memory", "4G"], 2, "experts on disk run on CPUs only"),
         (["generate", "{dense}", "--prompt", "a", "--n", "0"], 2, "n: "),
         (["generate", "{dense}", "--prompt", "a", "--logprobs", "101"], 2, "logprobs"),
         (["generate", "{dense}", "--prompt", "a", "--weights", "int3"], 2, "weights"),
@@ -203,7 +208,8 @@ def test_generate_streams_and_is_seeded(dense: Path) -> None:
     arguments = ["generate", dense, "--prompt", "The river", "--max-tokens", 12]
     first, again = growmoe(*arguments), growmoe(*arguments)
     assert first.code == 0, first.err
-    assert first.out == again.out
+    assert first.out.splitlines()[:-1] == again.out.splitlines()[:-1]  # then come load times
+    assert first.json["samples"] == again.json["samples"]
     assert first.out.startswith("The river")
     sample = first.json["samples"][0]
     assert f"The river{sample['text']}\n" in first.out
@@ -280,6 +286,30 @@ def test_chat_answers_every_line(dense: Path) -> None:
     assert "the model's context is 160" in err
 
 
+def test_chat_forgets_old_turns_where_the_cache_ends(dense: Path) -> None:
+    # a cache of four blocks, 64 tokens, in which a long answer keeps half
+    kv_gb = 4.5 * block_bytes(tiny_config(vocab_size=320), "float32") / 2**30
+    typed = "the river and the sea\n" * 6
+    options = ("--format", "template", "--kv-gb", kv_gb, "--max-tokens", 1000)
+    out, err = chat(dense, typed, *options, "--weights", "float32", "--json")
+    assert (json.loads(out.splitlines()[-1])["turns"], "tokens" in err) == (6, False), err
+
+
+def test_a_template_that_raises_spoils_one_turn(
+    dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = shutil.copytree(dense, tmp_path / "m")
+    template = model / "chat_template.jinja"
+    template.write_text("{% if messages[0]['content'] == 'bad' %}{{ 1 + 'a' }}{% endif %}hello")
+    out, err = chat(model, "bad\nhello\n", "--format", "template")
+    assert json.loads(out.splitlines()[-1])["turns"] == 1
+    assert "the chat template of" in err
+    template.write_text("{% if %}")
+    monkeypatch.setattr("growmoe.inference.llm.load", None)  # nobody gets as far as that
+    done = growmoe("chat", model, "--format", "template")
+    assert (done.code, "the chat template of" in done.err) == (1, True), done.err
+
+
 def test_chat_uses_the_template(dense: Path) -> None:
     out, err = chat(dense, "hello\nagain\n", "--format", "template")
     assert "its chat template" in err
@@ -323,6 +353,12 @@ def test_doctor() -> None:
     found = growmoe("doctor").json
     assert found["torch"] == torch.__version__
     assert found["extras"]["data"] is True
+
+
+def test_doctor_knows_that_kernels_were_not_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GROWMOE_NATIVE", "0")
+    advice = " ".join(growmoe("doctor").json["advice"])
+    assert ("unset GROWMOE_NATIVE" in advice, "g++" in advice) == (True, False)
 
 
 # ---- a recipe from end to end, and again ----

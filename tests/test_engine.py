@@ -9,15 +9,19 @@ import torch
 
 from conftest import InMemory, tiny_model, write_tiny
 from growmoe.data.tokenizer import load_tokenizer
-from growmoe.errors import UsageError
+from growmoe.errors import GrowmoeError, UsageError
+from growmoe.inference import llm as llm_module
+from growmoe.inference import loading
 from growmoe.inference.blocks import BLOCK
 from growmoe.inference.llm import LLM
 from growmoe.inference.loading import Loaded
+from growmoe.inference.offloaded import Offload
 from growmoe.inference.packing import build_packed
 from growmoe.inference.paged import PagedBatch, PagedCache, Span
 from growmoe.inference.requests import Sampling
 from growmoe.models.attention import Cache
 from growmoe.models.config import MoEConfig
+from growmoe.models.footprint import Wanted
 from growmoe.models.transformer import Transformer
 from growmoe.ops import native
 from growmoe.ops.native import Form
@@ -294,3 +298,58 @@ def test_stats_of_a_moment(speaker: LLM) -> None:
     assert now.blocks_used >= 2
     assert now.generated_tokens - before.generated_tokens == 8
     stream.close()
+
+
+def test_a_model_in_memory_keeps_its_form() -> None:
+    loaded = Loaded("tiny", tiny_model(), None, frozenset(), torch.float32)
+    with pytest.raises(UsageError, match="form is for models that are loaded here"):
+        LLM(loaded, form="int4")
+    with pytest.raises(UsageError, match=r"^tiny needs .* are free"):
+        LLM(loaded, kv_gb=0.1, step_tokens=1 << 40)
+
+
+@pytest.fixture
+def no_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever begins to read weights, or reserves room for experts, fails."""
+
+    def read(*arguments: object) -> None:
+        raise AssertionError("too late")
+
+    monkeypatch.setattr(loading, "Offload", read)
+    monkeypatch.setattr(loading, "build_for_inference", read)
+
+
+@pytest.mark.usefixtures("no_weights")
+def test_what_is_wrong_is_found_before_weights_are_read(tmp_path: Path) -> None:
+    model = write_tiny(tmp_path / "m", moe=MoEConfig(experts=(4, 4, 4), top_k=2, ffn_size=64))
+    with pytest.raises(UsageError, match="max_sequences must be at least 1"):
+        LLM(model, max_sequences=0)
+    with pytest.raises(UsageError, match="must be more than max_sequences"):
+        LLM(model, max_sequences=8, step_tokens=8)
+    with pytest.raises(UsageError, match="experts on disk run on CPUs only"):
+        loading.load(model, "bfloat16", Wanted(expert_memory=1 << 20), "cuda")
+    (model / "tokenizer.json").write_text("{}")
+    with pytest.raises(GrowmoeError, match="is not a tokenizer"):
+        LLM(model, expert_memory="1M")
+
+
+@pytest.mark.skipif(not native.available(), reason="the native kernels are missing")
+def test_experts_on_disk_are_closed_when_there_is_no_memory_for_the_cache(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = write_tiny(tmp_path / "m", moe=MoEConfig(experts=(4, 4, 4), top_k=2, ffn_size=64))
+    made: list[Offload] = []
+
+    def no_memory(*arguments: object) -> None:
+        raise MemoryError
+
+    def offload(*arguments: Any) -> Offload:
+        made.append(Offload(*arguments))
+        return made[-1]
+
+    monkeypatch.setattr(loading, "Offload", offload)
+    monkeypatch.setattr(llm_module, "PagedCache", no_memory)
+    with pytest.raises(MemoryError):
+        LLM(model, expert_memory="200K")
+    with pytest.raises(GrowmoeError, match="closed"):
+        made[0].store.request(0, [0])

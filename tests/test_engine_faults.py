@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from growmoe.errors import UsageError
+from growmoe.errors import GrowmoeError, UsageError
 from growmoe.inference.blocks import BLOCK, blocks_for
 from growmoe.inference.engine import Engine
 from growmoe.inference.requests import Output, Request, Sampling
@@ -368,6 +368,19 @@ def test_an_exception_fails_only_the_guilty_one() -> None:
     assert outputs[[o.request for o in outputs].index(bad)].error is None
 
 
+def test_a_sentence_for_readers_is_the_reason_as_it_is() -> None:
+    engine, fake = engine_of(24)
+    request = Request(prompt_of(9), GREEDY)
+
+    def trouble(step: Step) -> None:
+        raise GrowmoeError("expert 3 of layer 1 cannot be read")
+
+    fake.trouble = trouble
+    engine.add(request)
+    drain(engine)
+    assert request.error == "expert 3 of layer 1 cannot be read"
+
+
 def test_logits_that_are_not_finite_fail_their_own_request() -> None:
     engine, fake = engine_of(24)
     bad = Request(prompt_of(20, 5), dataclasses.replace(GREEDY, n=2))
@@ -395,7 +408,7 @@ def test_an_exception_in_choosing_fails_only_its_request(monkeypatch: pytest.Mon
     engine.add(bad)
     engine.add(good)
     outputs = drain(engine)
-    assert bad.error == "out of memory, even with this request alone in a step"
+    assert bad.error == "out of memory, when its next token was chosen"
     assert [tokens_of(outputs, good, i) for i in (0, 1)] == [expected(good, i) for i in (0, 1)]
 
 

@@ -12,7 +12,7 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from growmoe.errors import UsageError
+from growmoe.errors import GrowmoeError, UsageError
 from growmoe.inference.blocks import BLOCK, BlockPool
 from growmoe.inference.detokenize import TextStream
 from growmoe.inference.requests import FinishReason, Logprobs, Output, Request, Sequence
@@ -43,6 +43,17 @@ class Stats:
     """Calls of the model that raised."""
 
 
+def check_step(max_sequences: int, step_tokens: int) -> None:
+    """Raises UsageError for a step without room for texts, or for prompts beside them."""
+    if max_sequences < 1:
+        raise UsageError(f"max_sequences must be at least 1, not {max_sequences}")
+    if step_tokens <= max_sequences:
+        raise UsageError(
+            f"step_tokens ({step_tokens}) must be more than max_sequences ({max_sequences}), "
+            "or prompts would have no room beside the texts under way"
+        )
+
+
 class Engine:
     """Runs requests through a runner with `blocks` blocks of keys and values.
 
@@ -63,14 +74,9 @@ class Engine:
         step_tokens: int = 512,
         prefix_reuse: bool = True,
     ) -> None:
-        for name, value in (("max_sequences", max_sequences), ("blocks", blocks)):
-            if value < 1:
-                raise UsageError(f"{name} must be at least 1, not {value}")
-        if step_tokens <= max_sequences:
-            raise UsageError(
-                f"step_tokens ({step_tokens}) must be more than max_sequences ({max_sequences}), "
-                "or prompts would have no room beside the texts under way"
-            )
+        check_step(max_sequences, step_tokens)
+        if blocks < 1:
+            raise UsageError(f"blocks must be at least 1, not {blocks}")
         self.runner, self.tokenizer, self.ends = runner, tokenizer, ends
         self.vocab_size, self.context = vocab_size, context
         self.pool = BlockPool(blocks)
@@ -184,7 +190,8 @@ class Engine:
             if any(sequence.needs_logits for sequence in step.sequences):
                 logits_SV = logits_SV.cpu()
         except Exception as error:
-            reason, memory = _sentence(error), _out_of_memory(error)
+            memory = _out_of_memory(error)
+            reason = _sentence(error, "even with this request alone in a step")
         if not reason:
             self._postprocess(step, logits_SV, best, likeliest)
             return True
@@ -229,7 +236,7 @@ class Engine:
             try:
                 self._take(sequence, logits_SV[row], likeliest[row])
             except Exception as error:
-                self._fail(sequence.request, _sentence(error))
+                self._fail(sequence.request, _sentence(error, "when its next token was chosen"))
 
     def _take(self, sequence: Sequence, logits_V: Tensor, likeliest: int) -> None:
         """The next token of `sequence`; the first one also of the samples that waited for it."""
@@ -317,8 +324,10 @@ def _out_of_memory(error: Exception) -> bool:
     return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
 
 
-def _sentence(error: Exception) -> str:
+def _sentence(error: Exception, when: str) -> str:
     if _out_of_memory(error):
-        return "out of memory, even with this request alone in a step"
+        return f"out of memory, {when}"
+    if isinstance(error, GrowmoeError):  # a sentence for readers already
+        return str(error)
     detail = str(error).splitlines()[0] if str(error) else "no message"
     return f"{type(error).__name__}: {detail}"

@@ -8,7 +8,7 @@ import torch
 
 from growmoe.errors import UsageError
 from growmoe.inference.cuda_graph import runner_for
-from growmoe.inference.engine import Engine
+from growmoe.inference.engine import Engine, check_step
 from growmoe.inference.loading import Form, Loaded, default_kv_dtype, free_on, kv_name, load
 from growmoe.inference.paged import PagedCache
 from growmoe.inference.requests import (
@@ -63,6 +63,7 @@ class LLM:
             raise UsageError("device 'cuda' needs a GPU that torch can use; there is none, use cpu")
         if kv_dtype is not None and kv_dtype not in KV_DTYPES:
             raise UsageError(f"kv_dtype '{kv_dtype}' is not one of {', '.join(KV_DTYPES)}")
+        check_step(max_sequences, step_tokens)
         if not isinstance(path, Loaded):
             form = serving_form(Path(path), form)
         default = path.kv_dtype if isinstance(path, Loaded) else default_kv_dtype(form)
@@ -73,8 +74,9 @@ class LLM:
             expert_memory=None if expert_memory is None else parse_size(str(expert_memory)),
         )  # fmt: skip
         if isinstance(path, Loaded):
-            if expert_memory is not None:
-                raise UsageError("expert_memory is for models that are loaded here")
+            for name, value in (("form", form), ("expert_memory", expert_memory)):
+                if value is not None:
+                    raise UsageError(f"{name} is for models that are loaded here")
             loaded = path
             found = admit(loaded.model.config, wanted, free_on(device), loaded.name)
         else:
@@ -86,14 +88,19 @@ class LLM:
         self.footprint, self.load_report = found, loaded.report
         self._experts = loaded.experts
         blocks = found.kv_blocks
-        # one block more than the engine knows of: padding rows of a GPU's steps live there
-        cache = PagedCache(self.config, blocks + 1, dtype, device)
-        self.engine = Engine(
-            runner_for(loaded.model.to(device), cache), vocab_size=self.config.vocab_size,
-            context=self.config.max_positions, blocks=blocks, tokenizer=loaded.tokenizer,
-            ends=loaded.ends, max_sequences=max_sequences, step_tokens=step_tokens,
-            prefix_reuse=prefix_reuse,
-        )  # fmt: skip
+        try:
+            # one block more than the engine knows of: padding rows of a GPU's steps live there
+            cache = PagedCache(self.config, blocks + 1, dtype, device)
+            self.engine = Engine(
+                runner_for(loaded.model.to(device), cache), vocab_size=self.config.vocab_size,
+                context=self.config.max_positions, blocks=blocks, tokenizer=loaded.tokenizer,
+                ends=loaded.ends, max_sequences=max_sequences, step_tokens=step_tokens,
+                prefix_reuse=prefix_reuse,
+            )  # fmt: skip
+        except BaseException:
+            if loaded is not path:  # otherwise its experts are the caller's
+                self.close()
+            raise
         self._inbox: dict[int, deque[Output]] = {}
 
     @classmethod

@@ -17,7 +17,7 @@ from growmoe.inference.offloaded import Offload
 from growmoe.inference.weights import build_for_inference
 from growmoe.memory import free_memory
 from growmoe.models.checkpoint import open_source
-from growmoe.models.footprint import Footprint, Wanted, admit
+from growmoe.models.footprint import Footprint, Wanted, admit, check_device
 from growmoe.models.gguf import export_tokenizer
 from growmoe.models.stored import serving_form
 from growmoe.models.transformer import Transformer
@@ -71,7 +71,10 @@ def load(
     source = open_source(path, mapped=True)
     kv_dtype = default_kv_dtype(form)
     wanted = dataclasses.replace(wanted or Wanted(kv_dtype=kv_name(kv_dtype)), form=form)
+    check_device(device, form, wanted.expert_memory is not None)
     found = admit(source.config, wanted, free_on(device), str(path))
+    tokenizer = _tokenizer(path)
+    ends = _ends(path, source.config.token_ids, tokenizer)
     started = time.perf_counter()
     experts = None
     if wanted.expert_memory is not None:
@@ -83,8 +86,6 @@ def load(
             experts.store.close()
         raise
     report = LoadReport(time.perf_counter() - started, source.file_bytes())
-    tokenizer = _tokenizer(path)
-    ends = _ends(path, model.config.token_ids, tokenizer)
     return Loaded(str(path), model, tokenizer, ends, kv_dtype, experts, found, report)
 
 

@@ -75,8 +75,10 @@ class Sampling:
             raise UsageError(f"top_p must be above 0 and at most 1, not {self.top_p}")
         if not 0 <= self.min_p <= 1:
             raise UsageError(f"min_p must be between 0 and 1, not {self.min_p}")
-        if self.repetition_penalty <= 0:
-            raise UsageError(f"repetition_penalty must be above 0, not {self.repetition_penalty}")
+        if not 0.01 <= self.repetition_penalty <= 100:  # far beyond, logits would overflow
+            raise UsageError(
+                f"repetition_penalty must be between 0.01 and 100, not {self.repetition_penalty}"
+            )
         if not isinstance(self.stop, tuple) or not all(isinstance(s, str) for s in self.stop):
             raise UsageError(f"stop must be a tuple of strings, not {self.stop!r}")
         if "" in self.stop:

@@ -5,6 +5,7 @@ from growmoe.inference.offloaded import Offload
 from growmoe.inference.packing import build_packed
 from growmoe.inference.prepacked import build_prepacked
 from growmoe.models.checkpoint import Source, build_model
+from growmoe.models.footprint import check_device
 from growmoe.models.transformer import Transformer
 from growmoe.ops import native
 from growmoe.ops.native import FORMS, Form
@@ -20,11 +21,8 @@ def build_for_inference(
     """
     if form not in FORMS:
         raise UsageError(f"weights '{form}' are none of {', '.join(FORMS)}")
+    check_device(device, form, offload is not None)
     if device != "cpu":
-        if form in ("int8", "int4"):
-            raise UsageError(f"{form} weights run on CPUs only; give bfloat16 on {device}")
-        if offload is not None:
-            raise UsageError(f"experts on disk run on CPUs only; keep them in memory on {device}")
         return build_model(source, form, device)
     if native.available():
         return build_packed(source, form, offload)

@@ -191,6 +191,16 @@ def footprint(config: ModelConfig, wanted: Wanted, free: int | None = None) -> F
     )  # fmt: skip
 
 
+def check_device(device: str, form: Form, offloaded: bool) -> None:
+    """Raises UsageError for what runs on CPUs only and is wanted elsewhere."""
+    if device == "cpu":
+        return
+    if form in ("int8", "int4"):
+        raise UsageError(f"{form} weights run on CPUs only; give bfloat16 on {device}")
+    if offloaded:
+        raise UsageError(f"experts on disk run on CPUs only; keep them in memory on {device}")
+
+
 def expert_slots(config: ModelConfig, form: Form, budget: int) -> int:
     """Experts of `config` that `budget` bytes hold. Raises UsageError when those are fewer than
     one token visits in a layer, or when there are none to hold."""
@@ -221,8 +231,9 @@ def admit(config: ModelConfig, wanted: Wanted, free: int, name: str) -> Footprin
         "KV cache": found.kv_cache, "a step": found.step,
     }  # fmt: skip
     listed = ", ".join(f"{part} {size(n)}" for part, n in parts.items() if n)
+    what = name if wanted.loaded else f"{name} in {wanted.form}"
     raise UsageError(
-        f"{name} in {wanted.form} needs {size(found.total)} of memory ({listed}), but "
+        f"{what} needs {size(found.total)} of memory ({listed}), but "
         f"{size(free)} are free; {'this would fit: ' if fits else 'nothing fits, '}{advice}"
     )
 

@@ -9,7 +9,7 @@ from growmoe.files import read_json
 from growmoe.memory import free_memory
 from growmoe.models.config import DTYPE_BYTES, ModelConfig
 from growmoe.models.families import pick_family
-from growmoe.models.footprint import Wanted, admit, parse_size
+from growmoe.models.footprint import Wanted, admit, check_device, parse_size
 from growmoe.models.gguf_tokenizer import tokenizer_fields
 from growmoe.models.safetensors_header import stored_dtype as dtype_of_weights
 from growmoe.models.stored import (
@@ -63,8 +63,8 @@ def dry_run(spec: Any, out: Path | None = None) -> dict[str, Any]:
     for key in models:
         path = Path(getattr(spec, key))
         plan[key] = {"path": str(path), **describe(config_of(path))}
-    if isinstance(spec, GenerateStage) and spec.device == "cpu":
-        plan["memory"] = _serving(spec)
+    if isinstance(spec, GenerateStage):
+        plan |= _serving(spec)
     for key in ("text", "data", "tasks", "tokens", "prompts", "max_tokens"):
         if getattr(spec, key, None):
             plan[key] = getattr(spec, key)
@@ -72,14 +72,19 @@ def dry_run(spec: Any, out: Path | None = None) -> dict[str, Any]:
 
 
 def _serving(spec: GenerateStage) -> dict[str, Any]:
-    """Bytes that the model takes while it speaks; raises UsageError when they are not free."""
+    """Bytes that the model takes while it speaks, on a CPU; raises UsageError when they are not
+    free."""
     form = serving_form(Path(spec.model), spec.weights)
     wanted = Wanted(
         form=form, kv_gb=spec.kv_gb, max_sequences=64,
         kv_dtype="float32" if form == "float32" else "bfloat16",
         expert_memory=None if spec.expert_memory is None else parse_size(spec.expert_memory),
     )  # fmt: skip
-    return admit(config_of(Path(spec.model)), wanted, free_memory(), spec.model).report()
+    check_device(spec.device, form, wanted.expert_memory is not None)
+    if spec.device != "cpu":
+        return {}
+    found = admit(config_of(Path(spec.model)), wanted, free_memory(), spec.model)
+    return {"memory": found.report()}
 
 
 def _check_texts(spec: Any) -> None:

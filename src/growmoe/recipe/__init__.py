@@ -320,7 +320,7 @@ class GenerateStage(Strict):
     """Only the smallest set of tokens whose probability reaches this."""
     min_p: Fraction = 0.0
     """Only tokens at least this likely, relative to the likeliest."""
-    repetition_penalty: Positive = 1.0
+    repetition_penalty: Annotated[float, Field(ge=0.01, le=100)] = 1.0
     """Positive logits of tokens seen are divided by it, negative ones multiplied."""
     seed: Seed = 0
     """Sample number i of a prompt has the seed plus i."""

@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from growmoe.artifacts import lineage_of
+from growmoe.data.tokenizer import load_tokenizer
 from growmoe.errors import GrowmoeError, UsageError
 from growmoe.files import read_json
+from growmoe.inference.blocks import BLOCK
 from growmoe.inference.llm import LLM
 from growmoe.inference.requests import Sampling
 from growmoe.recipe import GenerateStage
@@ -31,8 +33,12 @@ def run(
     path, asked = Path(spec.model), Sampling.of(spec)
     if path.is_dir() and not (path / "tokenizer.json").exists():
         raise UsageError(f"{path} holds no tokenizer.json, so it cannot read what is typed")
-    llm = LLM.of(spec)
     render = _renderer(path, format)
+    if render:
+        render([{"role": "user", "content": "hello"}])  # a broken template is found before loading
+    llm = LLM.of(spec)
+    most = min(llm.config.max_positions, llm.engine.pool.total * BLOCK)
+    room = most - min(asked.max_tokens, most // 2)  # the rest is for the answer
     kind = "its chat template" if render else "plain continuation: a base model, it has no dialogue"
     print(f"{path}: {kind}. {HELP}", file=sys.stderr)
     messages: list[dict[str, str]] = []
@@ -46,14 +52,13 @@ def run(
         if not line:
             continue
         messages.append({"role": "user", "content": line})
-        room = llm.config.max_positions - 16
-        prompt = render(messages) if render else line
-        while render and len(messages) > 1 and len(llm.encode(prompt)) > room:
-            del messages[:2]  # the oldest turn goes first
-            prompt = render(messages)
         sampling = replace(asked, seed=asked.seed + turns)
         answer = ""
         try:
+            prompt = render(messages) if render else line
+            while render and len(messages) > 1 and len(llm.encode(prompt)) > room:
+                del messages[:2]  # the oldest turn goes first
+                prompt = render(messages)
             llm.check(prompt, sampling)
             with closing(llm.stream([prompt], sampling)) as stream:
                 for _, output in stream:
@@ -100,9 +105,9 @@ def _renderer(path: Path, kind: str) -> Render | None:
     )  # from scratch: never saw a dialogue
     if template is None or (kind == "auto" and untaught):
         return None
-    from jinja2 import TemplateError
     from transformers import PreTrainedTokenizerFast
 
+    load_tokenizer(path)  # says what is wrong with it in one sentence
     # from_pretrained, because templates use the special tokens of tokenizer_config.json
     tokenizer = PreTrainedTokenizerFast.from_pretrained(path)
 
@@ -113,7 +118,7 @@ def _renderer(path: Path, kind: str) -> Render | None:
                     messages, chat_template=template, tokenize=False, add_generation_prompt=True
                 )
             )
-        except TemplateError as error:
+        except Exception as error:  # a template is a program, and may raise anything
             raise GrowmoeError(f"the chat template of {path} fails: {error}") from None
 
     return render

@@ -37,7 +37,9 @@ def run() -> dict[str, Any]:
         advice.append("a newer torch has grouped_mm; without it experts run in a slower loop")
     if not onednn():
         advice.append("this torch has no oneDNN product for float32; training uses its slower mm")
-    if not native.available():
+    if os.environ.get("GROWMOE_NATIVE") == "0":
+        advice.append("unset GROWMOE_NATIVE: 0 asks for no CPU kernels, so generating is slower")
+    elif not native.available():
         advice.append(
             "the CPU kernels were not compiled (or by another version), so generating is slower: "
             "install g++, then growmoe again; GROWMOE_NATIVE=require shows what is missing"
