@@ -263,7 +263,7 @@ def test_bench_measures_every_batch_size(dense: Path) -> None:
     rows = [line.split() for line in done.out.splitlines() if line.split()[:1] in (["1"], ["3"])]
     assert len(rows) == 2
     plan = growmoe("bench", dense, *options, "--dry-run", "--json").json
-    assert (plan["dry_run"], plan["memory"]["kv_blocks"]) == (True, 3 * 2)
+    assert (plan["dry_run"], plan["memory"]["kv_blocks"]) == (True, 3 * 10)
 
 
 def chat(model: Path, typed: str, *options: object) -> tuple[str, str]:

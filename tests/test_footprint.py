@@ -251,6 +251,7 @@ def test_free_memory_knows_the_limit_of_a_container(
     assert math.isclose(memory.free_memory(), machine, rel_tol=0.5)
 
 
+@pytest.mark.skipif(not native.available(), reason="the native kernels are missing")
 def test_generate_takes_a_budget_for_experts_and_its_dry_run_says_what_fits(tmp_path: Path) -> None:
     write_tiny(tmp_path / "m", moe=MOE)
     arguments = ("generate", tmp_path / "m", "--prompt", "x", "--dry-run", "--json")
@@ -262,3 +263,68 @@ def test_generate_takes_a_budget_for_experts_and_its_dry_run_says_what_fits(tmp_
     done = growmoe(*arguments, "--expert-memory", "1K")
     assert done.code == 2
     assert "--expert-memory 1.0 KiB holds 0 experts" in done.err
+
+
+def test_without_kernels_integers_take_bytes_and_are_multiplied_out() -> None:
+    config = big()
+    there = {form: footprint(config, Wanted(form=form)) for form in FORMS}
+    missing = {form: footprint(config, Wanted(form=form, native=False)) for form in FORMS}
+    assert missing["bfloat16"] == there["bfloat16"]
+    assert missing["int4"].weights == missing["int8"].weights == there["int8"].weights
+    largest = 1024 * 256
+    for form in ("int8", "int4"):
+        assert missing[form].step == there[form].step + 6 * largest
+    with pytest.raises(UsageError, match="experts on disk need the native kernels"):
+        footprint(config, Wanted(native=False, expert_memory=1 << 30))
+    with pytest.raises(UsageError) as caught:
+        admit(config, Wanted(kv_gb=0.001, step_tokens=64, native=False), 100 << 20, "m")
+    assert "nothing fits" in str(caught.value)
+    least = parse_size(str(caught.value).rsplit("least ")[1].replace(" ", ""))
+    assert least > there["int8"].weights
+
+
+def test_plans_and_loads_know_whether_there_are_kernels(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = write_tiny(tmp_path / "m")
+    arguments = ("generate", model, "--prompt", "x", "--weights", "int4", "--dry-run", "--json")
+    monkeypatch.setenv("GROWMOE_NATIVE", "0")
+    monkeypatch.setattr(native, "available", lambda: False)
+    found = loading.load(model, "int4")
+    assert found.footprint is not None
+    wanted = Wanted(form="int4", native=False)
+    assert found.footprint.weights == footprint(tiny_config(), wanted).weights
+    assert json.loads(growmoe(*arguments).out)["memory"]["weights"] == found.footprint.weights
+
+
+def test_bench_plans_what_it_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = write_tiny(tmp_path / "m")
+    sizes = ("--prompt-tokens", 20, "--tokens", 6, "--batch", 2, "--repeat", 1)
+    five = 5.5 * block_bytes(tiny_config(), "bfloat16") / 2**30
+    done = growmoe("bench", model, *sizes, "--kv-gb", five)
+    assert done.code == 0, done.err
+    for dry in ((), ("--dry-run",)):
+        for options, said in (
+            (("--kv-gb", five / 2), "does not fit into the KV cache"),
+            (("--kv-gb", 0), "kv-gb must be above 0"),
+            (("--device", "gpu"), "device 'gpu' is not one of cpu, cuda"),
+            (("--expert-memory", "1G"), "this one is dense"),
+            (("--device", "cuda", "--expert-memory", "1G"), "run on CPUs only"),
+        ):
+            done = growmoe("bench", model, *sizes, *options, *dry)
+            assert (done.code, said in done.err) == (2, True), done.err
+    assert "memory" not in growmoe("bench", model, *sizes, "--device", "cuda", "--dry-run").json
+    plan = growmoe("bench", model, *sizes, "--dry-run").json["memory"]
+    llm = LLM(model, max_sequences=2)
+    assert plan["kv_blocks"] == llm.footprint.kv_blocks
+    monkeypatch.setattr("growmoe.stages.bench.free_memory", lambda: 50_000)
+    done = growmoe("bench", model, *sizes, "--dry-run")
+    assert (done.code, "48.8 KiB are free" in done.err) == (2, True), done.err
+
+
+@pytest.mark.skipif(not native.available(), reason="the native kernels are missing")
+def test_bench_with_experts_on_disk_says_how_they_were_found(tmp_path: Path) -> None:
+    model = write_tiny(tmp_path / "m", moe=MOE)
+    sizes = ("--prompt-tokens", 20, "--tokens", 6, "--batch", 1, "--repeat", 1)
+    found = growmoe("bench", model, *sizes, "--expert-memory", "200K").json
+    assert found["experts"]["misses"] > 0

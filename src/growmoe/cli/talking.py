@@ -127,6 +127,8 @@ def bench(
     kv_dtype: Annotated[
         str | None, typer.Option(help="Keys and values: float32 or bfloat16; default by weights.")
     ] = None,
+    kv_gb: KvGb = None,
+    expert_memory: ExpertMemory = None,
     batch: Annotated[str, typer.Option(help="Sequences at a time, as 1,8.")] = "1,8",
     prompt_tokens: Annotated[int, typer.Option(help="Length of the prompts.")] = 512,
     tokens: Annotated[int, typer.Option(help="Length of the answers.")] = 64,

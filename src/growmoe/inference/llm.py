@@ -23,6 +23,7 @@ from growmoe.inference.requests import (
 from growmoe.models.config import ModelConfig
 from growmoe.models.footprint import Wanted, admit, parse_size
 from growmoe.models.stored import serving_form
+from growmoe.ops import native
 from growmoe.recipe import GenerateStage
 
 KV_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -70,7 +71,8 @@ class LLM:
         dtype = default if kv_dtype is None else KV_DTYPES[kv_dtype]
         wanted = Wanted(
             kv_dtype=kv_name(dtype), step_tokens=step_tokens, max_sequences=max_sequences,
-            kv_gb=kv_gb, loaded=isinstance(path, Loaded),
+            kv_gb=kv_gb, loaded=isinstance(path, Loaded), native=native.available(),
+            form=(path.form if isinstance(path, Loaded) else form) or "bfloat16",
             expert_memory=None if expert_memory is None else parse_size(str(expert_memory)),
         )  # fmt: skip
         if isinstance(path, Loaded):

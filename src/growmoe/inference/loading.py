@@ -21,6 +21,7 @@ from growmoe.models.footprint import Footprint, Wanted, admit, check_device
 from growmoe.models.gguf import export_tokenizer
 from growmoe.models.stored import serving_form
 from growmoe.models.transformer import Transformer
+from growmoe.ops import native
 from growmoe.ops.native import FORMS, Form
 
 
@@ -43,7 +44,7 @@ class LoadReport:
 @dataclass(frozen=True)
 class Loaded:
     """A model, ready to run. `kv_dtype` is what keys and values are kept in by default; the
-    footprint and the report say what `load` admitted and did."""
+    footprint, the report and the form say what `load` admitted and did."""
 
     name: str
     model: Transformer
@@ -54,6 +55,7 @@ class Loaded:
     """Where the routed experts lie, if not in the model."""
     footprint: Footprint | None = None
     report: LoadReport | None = None
+    form: Form | None = None
 
 
 def load(
@@ -70,7 +72,9 @@ def load(
         raise UsageError(f"weights '{form}' are none of {', '.join(FORMS)}")
     source = open_source(path, mapped=True)
     kv_dtype = default_kv_dtype(form)
-    wanted = dataclasses.replace(wanted or Wanted(kv_dtype=kv_name(kv_dtype)), form=form)
+    wanted = dataclasses.replace(
+        wanted or Wanted(kv_dtype=kv_name(kv_dtype)), form=form, native=native.available()
+    )
     check_device(device, form, wanted.expert_memory is not None)
     found = admit(source.config, wanted, free_on(device), str(path))
     tokenizer = _tokenizer(path)
@@ -86,7 +90,7 @@ def load(
             experts.store.close()
         raise
     report = LoadReport(time.perf_counter() - started, source.file_bytes())
-    return Loaded(str(path), model, tokenizer, ends, kv_dtype, experts, found, report)
+    return Loaded(str(path), model, tokenizer, ends, kv_dtype, experts, found, report, form)
 
 
 def free_on(device: str) -> int:

@@ -43,6 +43,8 @@ class Wanted:
     """GiB for the KV cache; None: what fits. Never more than `max_sequences` whole contexts."""
     expert_memory: int | None = None
     """Bytes for experts in memory; None: all of them."""
+    native: bool = True
+    """The CPU kernels are there; without them torch multiplies integers out at every use."""
     loaded: bool = False
     """The weights are in memory already."""
 
@@ -158,11 +160,22 @@ def step_bytes(config: ModelConfig, tokens: int, sequences: int) -> int:
     return _FLOAT * (tokens * per_token + 2 * sequences * config.vocab_size)
 
 
+def _multiplied_out(config: ModelConfig) -> int:
+    """Bytes of the largest matrix of integers in float32 and then in bfloat16."""
+    plain = ("embed.weight", "positions.weight")
+    shapes = tensor_shapes(config).items()
+    return 6 * max(math.prod(s) for name, s in shapes if len(s) > 1 and name not in plain)
+
+
 def footprint(config: ModelConfig, wanted: Wanted, free: int | None = None) -> Footprint:
     """What serving as `wanted` takes; `free` bytes decide about KV blocks where nothing is asked
-    for. Raises UsageError when `expert_memory` holds fewer experts than a token visits, or `kv_gb`
-    not one block."""
-    weights, experts = weight_bytes(config, wanted.form)
+    for. Raises UsageError when `expert_memory` holds fewer experts than a token visits or is for
+    kernels that are missing, or `kv_gb` holds not one block."""
+    if wanted.expert_memory is not None and not wanted.native:
+        raise UsageError("experts on disk need the native kernels; see `growmoe doctor`")
+    # torch has no smaller integers than bytes
+    unpacked = wanted.form == "int4" and not wanted.native
+    weights, experts = weight_bytes(config, "int8" if unpacked else wanted.form)
     count = sum(config.experts_in(layer) for layer in range(config.num_layers))
     held, cached = count, 0
     if wanted.expert_memory is not None:
@@ -173,6 +186,8 @@ def footprint(config: ModelConfig, wanted: Wanted, free: int | None = None) -> F
     if wanted.loaded:
         weights = cached = 0
     step = step_bytes(config, wanted.step_tokens, wanted.max_sequences)
+    if wanted.form in ("int8", "int4") and not wanted.native:
+        step += _multiplied_out(config)
     each = block_bytes(config, wanted.kv_dtype)
     most = math.ceil((wanted.context or config.max_positions) / BLOCK) * wanted.max_sequences
     blocks = most
@@ -249,7 +264,8 @@ def _what_fits(config: ModelConfig, wanted: Wanted, free: int) -> list[str]:
         cache = footprint(config, dataclasses.replace(wanted, kv_gb=None), free).kv_cache
         found.append(f"--kv-gb {_rounded_down(cache / 2**30)}")
     for choice in (wanted.form, *narrower):
-        if config.moe is None or wanted.loaded or (found and choice != wanted.form):
+        unable = config.moe is None or wanted.loaded or not wanted.native
+        if unable or (found and choice != wanted.form):
             break
         budget = _expert_budget(config, dataclasses.replace(wanted, form=choice), free)
         if budget is not None:
@@ -282,7 +298,7 @@ def _expert_budget(config: ModelConfig, wanted: Wanted, free: int) -> int | None
 def _least(config: ModelConfig, wanted: Wanted) -> int:
     """Bytes of the smallest way to serve the model with this step."""
     smallest = dataclasses.replace(wanted, form="int4", kv_gb=None)
-    if config.moe is not None and moe_layers(config):
+    if config.moe is not None and moe_layers(config) and wanted.native:
         fewest = config.moe.top_k * expert_bytes(config, "int4")
         smallest = dataclasses.replace(smallest, expert_memory=fewest)
     return footprint(config, smallest, free=0).total

@@ -22,6 +22,7 @@ from growmoe.models.stored import (
     why_rounded,
 )
 from growmoe.models.targets import changed_config, export_target
+from growmoe.ops.library import installed
 from growmoe.planning.derived import (
     config_of,
     derivation,
@@ -77,7 +78,7 @@ def _serving(spec: GenerateStage) -> dict[str, Any]:
     form = serving_form(Path(spec.model), spec.weights)
     wanted = Wanted(
         form=form, kv_gb=spec.kv_gb, max_sequences=64,
-        kv_dtype="float32" if form == "float32" else "bfloat16",
+        native=installed(), kv_dtype="float32" if form == "float32" else "bfloat16",
         expert_memory=None if spec.expert_memory is None else parse_size(spec.expert_memory),
     )  # fmt: skip
     check_device(spec.device, form, wanted.expert_memory is not None)

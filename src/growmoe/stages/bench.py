@@ -1,6 +1,7 @@
 """bench: how fast a model reads prompts and writes answers on this machine."""
 
 import dataclasses
+import math
 import os
 import platform
 import statistics
@@ -13,8 +14,18 @@ from growmoe import __version__
 from growmoe.errors import GrowmoeError, UsageError
 from growmoe.memory import free_memory
 from growmoe.models.config import ModelConfig
-from growmoe.models.footprint import FORMS, Form, Wanted, footprint
+from growmoe.models.footprint import (
+    BLOCK,
+    FORMS,
+    Footprint,
+    Form,
+    Wanted,
+    admit,
+    check_device,
+    parse_size,
+)
 from growmoe.models.stored import serving_form
+from growmoe.ops.library import installed
 from growmoe.planning.derived import config_of, describe
 
 if TYPE_CHECKING:
@@ -22,6 +33,7 @@ if TYPE_CHECKING:
 
     from growmoe.inference.llm import LLM
 
+DEVICES = ("cpu", "cuda")
 KV_DTYPES = ("float32", "bfloat16")
 
 
@@ -34,6 +46,8 @@ class BenchOptions:
     """None: as the directory is quantised, else bfloat16."""
     device: str = "cpu"
     kv_dtype: str | None = None
+    kv_gb: float | None = None
+    expert_memory: str | None = None
     batch: tuple[int, ...] = (1, 8)
     prompt_tokens: int = 512
     tokens: int = 64
@@ -45,6 +59,11 @@ class BenchOptions:
         """Check every field, and that prompt and answer fit the model's context."""
         if self.form not in FORMS:
             raise UsageError(f"weights '{self.weights}' are none of {', '.join(FORMS)}")
+        if self.device not in DEVICES:
+            raise UsageError(f"device '{self.device}' is not one of {', '.join(DEVICES)}")
+        if self.kv_gb is not None and not 0 < self.kv_gb < math.inf:
+            raise UsageError(f"kv-gb must be above 0, not {self.kv_gb}")
+        check_device(self.device, self.form, self.wanted.expert_memory is not None)
         if self.kv_dtype is not None and self.kv_dtype not in KV_DTYPES:
             raise UsageError(f"kv-dtype '{self.kv_dtype}' is not one of {', '.join(KV_DTYPES)}")
         if not self.batch or min(self.batch) < 1:
@@ -82,7 +101,8 @@ class BenchOptions:
         kv = self.kv_dtype or ("float32" if self.form == "float32" else "bfloat16")
         return Wanted(
             form=self.form, kv_dtype=kv, step_tokens=self.step_tokens,
-            max_sequences=max(self.batch), context=self.prompt_tokens + self.tokens,
+            max_sequences=max(self.batch), kv_gb=self.kv_gb, native=installed(),
+            expert_memory=None if self.expert_memory is None else parse_size(self.expert_memory),
         )  # fmt: skip
 
 
@@ -95,12 +115,17 @@ def parse_batch(text: str) -> tuple[int, ...]:
 
 
 def dry_run(options: BenchOptions) -> dict[str, Any]:
-    """What would be measured, and the memory that it takes; reads no weights."""
-    memory = footprint(options.config, options.wanted, free_memory())
-    return {
+    """What would be measured, and on a CPU the memory that it takes; reads no weights. Raises
+    UsageError when that is not free."""
+    plan = {
         "dry_run": True, **dataclasses.asdict(options), "weights": options.form,
-        **describe(options.config), "memory": memory.report(),
+        **describe(options.config),
     }  # fmt: skip
+    if options.device == "cpu":
+        found = admit(options.config, options.wanted, free_memory(), options.model)
+        _check_room(found, options)
+        plan["memory"] = found.report()
+    return plan
 
 
 def run(options: BenchOptions) -> dict[str, Any]:
@@ -117,9 +142,10 @@ def run(options: BenchOptions) -> dict[str, Any]:
 
     llm = LLM(
         options.model, options.weights, kv_dtype=options.kv_dtype, device=options.device,
-        max_sequences=max(options.batch), step_tokens=options.step_tokens,
+        max_sequences=max(options.batch), step_tokens=options.step_tokens, kv_gb=options.kv_gb,
+        expert_memory=options.expert_memory,
     )  # fmt: skip
-    _check_room(llm, options)
+    _check_room(llm.footprint, options)
     rng = torch.Generator().manual_seed(options.seed)
     _measure(llm, options, 1, rng)
     runs = []
@@ -137,7 +163,7 @@ def run(options: BenchOptions) -> dict[str, Any]:
         **dataclasses.asdict(options),
         "weights": options.form,
         "kv_dtype": options.wanted.kv_dtype,
-        **(llm.load_report.report() if llm.load_report else {}),
+        **llm.serving(),
         "params_total": llm.config.params_total(),
         "params_active": llm.config.params_active(),
         "threads": torch.get_num_threads(),
@@ -163,12 +189,10 @@ def table(result: dict[str, Any]) -> list[str]:
     return lines
 
 
-def _check_room(llm: "LLM", options: BenchOptions) -> None:
+def _check_room(found: Footprint, options: BenchOptions) -> None:
     """A batch that does not fit the cache would measure how sequences displace each other."""
-    from growmoe.inference.blocks import BLOCK, blocks_for
-
-    tokens, held = options.prompt_tokens + options.tokens, llm.engine.pool.total
-    if max(options.batch) * blocks_for(tokens) > held:
+    tokens, held = options.prompt_tokens + options.tokens, found.kv_blocks
+    if max(options.batch) * math.ceil(tokens / BLOCK) > held:
         raise UsageError(
             f"a batch of {max(options.batch)} with {tokens} tokens each does not fit into the KV "
             f"cache, for which there is memory for {held * BLOCK} tokens"
