@@ -171,8 +171,6 @@ def footprint(config: ModelConfig, wanted: Wanted, free: int | None = None) -> F
     """What serving as `wanted` takes; `free` bytes decide about KV blocks where nothing is asked
     for. Raises UsageError when `expert_memory` holds fewer experts than a token visits or is for
     kernels that are missing, or `kv_gb` holds not one block."""
-    if wanted.expert_memory is not None and not wanted.native:
-        raise UsageError("experts on disk need the native kernels; see `growmoe doctor`")
     # torch has no smaller integers than bytes
     unpacked = wanted.form == "int4" and not wanted.native
     weights, experts = weight_bytes(config, "int8" if unpacked else wanted.form)
@@ -180,6 +178,8 @@ def footprint(config: ModelConfig, wanted: Wanted, free: int | None = None) -> F
     held, cached = count, 0
     if wanted.expert_memory is not None:
         held = expert_slots(config, wanted.form, wanted.expert_memory)
+        if not wanted.native:
+            raise UsageError("experts on disk need the native kernels; see `growmoe doctor`")
         cached = held * expert_bytes(config, wanted.form)
     else:
         weights += experts
