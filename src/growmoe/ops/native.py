@@ -9,16 +9,15 @@ that depends on the weights' shape only.
 
 import ctypes
 import functools
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
 
 from growmoe.errors import GrowmoeError
+from growmoe.ops.library import LIBRARY, installed
 
 Form = Literal["float32", "bfloat16", "int8", "int4"]
 FORMS: tuple[Form, ...] = ("float32", "bfloat16", "int8", "int4")
@@ -27,7 +26,6 @@ MOST_HEAD_DIM = 512
 """The largest head that the attention kernel takes."""
 GROUP = 32
 """Inputs that share a scale in int8 and int4."""
-LIBRARY = Path(__file__).parent.parent / "native" / "libgrowmoe.so"
 
 _VERSION = 2
 """GM_VERSION of the header that the structures below follow."""
@@ -104,7 +102,7 @@ class _LayerCall(ctypes.Structure):
 @functools.cache
 def _library() -> ctypes.CDLL | None:
     """The compiled kernels, unless there are none or GROWMOE_NATIVE=0 says to do without."""
-    if os.environ.get("GROWMOE_NATIVE") == "0" or not LIBRARY.exists():
+    if not installed():
         return None
     try:
         library = ctypes.CDLL(str(LIBRARY))
